@@ -1,0 +1,1 @@
+"""The four roles: thin Ray shells over plain classes."""

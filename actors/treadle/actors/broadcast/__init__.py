@@ -1,0 +1,1 @@
+"""The weight coordinator: versioned, digest-checked publication to the engines."""

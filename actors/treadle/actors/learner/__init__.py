@@ -1,0 +1,1 @@
+"""The learner group: rank actors over a backend (DeepSpeed, plain torch)."""

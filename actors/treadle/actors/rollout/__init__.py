@@ -1,0 +1,1 @@
+"""Rollout workers: engines that draw samples, and the pool that routes groups to them."""

@@ -1,0 +1,1 @@
+"""Verifiers: pure scoring functions and the pool of killable processes that runs them."""

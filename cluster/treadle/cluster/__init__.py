@@ -1,0 +1,1 @@
+"""Ray sessions, placement and job submission."""

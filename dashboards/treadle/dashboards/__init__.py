@@ -1,0 +1,1 @@
+"""What people look at: the run report and its parts."""

@@ -1,0 +1,1 @@
+"""The ground floor: records, contracts, configuration, errors, ledger, storage, tracking, objectives."""

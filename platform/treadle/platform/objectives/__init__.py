@@ -1,0 +1,1 @@
+"""Training objectives as pure maths: one small file per algorithm, one registry line each."""

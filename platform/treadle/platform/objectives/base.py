@@ -1,0 +1,83 @@
+"""What an objective is: credit within a step, and a loss per token. One small file per algorithm.
+
+The split keeps the learner blind to algorithms and its loss free of denominators: an objective runs once on the
+driver over all groups of a step and turns rewards into `(advantage, weight)` per sample, where the weights
+already carry the step's one global denominator; on the learner it maps log-probabilities to a loss per token.
+The step's loss is `sum(weights * token_losses)` over all tokens of all ranks and micro-batches, so packing,
+accumulation and data parallelism cannot change it.
+
+Letters: N tokens in a micro-batch (packed, no padding), S sequences in it, G samples of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group's outcome as the driver knows it. `rewards` is NaN where a sample was not scored (failed or
+    timed out): such a sample takes part in no baseline and gets weight 0."""
+
+    rewards: NDArray[np.float64]  # [G]
+    lengths: NDArray[np.int64]  # [G] drawn tokens
+    truncated: NDArray[np.bool_]  # [G] ended by length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupCredit:
+    """`weights` are per token of the sample: a token's loss counts `weight` times in the step's sum."""
+
+    advantages: NDArray[np.float64]  # [G]
+    weights: NDArray[np.float64]  # [G]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenInputs:
+    """One micro-batch, packed. Positions outside the loss mask were removed: every entry is a drawn token."""
+
+    logprobs: torch.Tensor  # [N], carries the gradient
+    old_logprobs: (
+        torch.Tensor
+    )  # [N], the policy at the start of the step (detached logprobs if it never moved)
+    behaviour_logprobs: torch.Tensor | None  # [N], the engine's; None if nothing was drawn
+    ref_logprobs: torch.Tensor | None  # [N], the reference policy's; None without a KL term
+    advantages: torch.Tensor  # [N]
+    sequence: torch.Tensor  # [N] int64, which of the S sequences a token belongs to
+    n_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLosses:
+    """`losses` [N] are not yet weighted. `metrics` are per-token values [N], detached, which the learner
+    averages over all drawn tokens of the step (names without prefix, e.g. "clip_fraction", "kl")."""
+
+    losses: torch.Tensor
+    metrics: Mapping[str, torch.Tensor]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """An algorithm. Implementations are frozen dataclasses (their fields are the configuration)."""
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether the baseline is the group's, so that group_size=1 cannot work."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `ref_logprobs` are used (a KL coefficient above 0)."""
+        ...
+
+    def credit(self, groups: Sequence[ScoredGroup]) -> list[GroupCredit]:
+        """Advantages and token weights for all groups of one step."""
+        ...
+
+    def token_losses(self, inputs: TokenInputs) -> TokenLosses: ...

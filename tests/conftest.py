@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests. Ray is started privately: own folder, own ports, own token; only processes
+this session started are ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+# Before anything imports ray, torch or transformers; worker processes inherit these.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
+os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """A private one-node Ray with 8 logical CPUs, shared by one test module."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="tr", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=8,
+        object_store_memory=400 * 2**20,
+        include_dashboard=False,
+        log_to_driver=True,
+        _temp_dir=folder,
+        namespace="test",
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The loops, the stage runner, the recipes and the command line."""
