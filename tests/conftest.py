@@ -21,6 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The plugin would import this at the end of the session, where Python 3.11.7 can trip over its own AST
+# recursion counter (CPython gh-106905).
+import hypothesis.internal.observability  # noqa: F401
 import pytest
 
 

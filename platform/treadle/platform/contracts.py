@@ -19,6 +19,7 @@ from treadle.platform.records import (
     Json,
     Prompt,
     PublishReport,
+    Sample,
     StepBatch,
     StepReport,
     Verdict,
@@ -132,8 +133,14 @@ class Engine(Protocol):
 class EngineSample(Protocol):
     """A finished row: `Sample` plus the id of its issue and its decoded completion."""
 
-    issue_id: str
-    text: str
+    @property
+    def issue_id(self) -> str: ...
+
+    @property
+    def sample(self) -> Sample: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 @runtime_checkable

@@ -1,10 +1,10 @@
 """What an objective is: credit within a step, and a loss per token. One small file per algorithm.
 
-The split keeps the learner blind to algorithms and its loss free of denominators: an objective runs once on the
-driver over all groups of a step and turns rewards into `(advantage, weight)` per sample, where the weights
-already carry the step's one global denominator; on the learner it maps log-probabilities to a loss per token.
-The step's loss is `sum(weights * token_losses)` over all tokens of all ranks and micro-batches, so packing,
-accumulation and data parallelism cannot change it.
+The split keeps the learner blind to algorithms and its loss free of denominators: an objective runs once on
+the driver over all groups of a step and turns rewards into `(advantage, weight)` per sample, where the
+weights already carry the step's one global denominator; on the learner it maps log-probabilities to a loss
+per token. The step's loss is `sum(weights * token_losses)` over all tokens of all ranks and micro-batches, so
+packing, accumulation and data parallelism cannot change it.
 
 Letters: N tokens in a micro-batch (packed, no padding), S sequences in it, G samples of a group.
 """
@@ -28,6 +28,20 @@ class ScoredGroup:
     rewards: NDArray[np.float64]  # [G]
     lengths: NDArray[np.int64]  # [G] drawn tokens
     truncated: NDArray[np.bool_]  # [G] ended by length
+    max_new_tokens: int = 0
+    """The limit the group was drawn with; objectives with a constant normaliser or a length penalty need
+    it."""
+
+    def __post_init__(self) -> None:
+        if not len(self.rewards) == len(self.lengths) == len(self.truncated):
+            raise ValueError(
+                f"ScoredGroup: {len(self.rewards)} rewards, {len(self.lengths)} lengths and "
+                f"{len(self.truncated)} truncated flags; all three must be [G]"
+            )
+        if np.isinf(self.rewards).any():
+            raise ValueError(
+                f"ScoredGroup: rewards {self.rewards} hold an infinity; an unscored sample is NaN"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +70,12 @@ class TokenInputs:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLosses:
     """`losses` [N] are not yet weighted. `metrics` are per-token values [N], detached, which the learner
-    averages over all drawn tokens of the step (names without prefix, e.g. "clip_fraction", "kl")."""
+    averages over all drawn tokens of the step (names without prefix):
+
+    `ratio` importance ratio to the policy at the start of the step · `clip_fraction` 1 where clipping took
+    the gradient away (or capped the weight) · `is_weight` truncated weight against the engine's
+    log-probability · `kl` estimate against the reference. A name is absent where its inputs were not given.
+    """
 
     losses: torch.Tensor
     metrics: Mapping[str, torch.Tensor]
@@ -74,6 +93,11 @@ class Objective(Protocol):
     @property
     def needs_reference(self) -> bool:
         """Whether `ref_logprobs` are used (a KL coefficient above 0)."""
+        ...
+
+    @property
+    def dynamic_sampling(self) -> bool:
+        """Whether the workflow drops groups whose scored rewards are all equal and draws others instead."""
         ...
 
     def credit(self, groups: Sequence[ScoredGroup]) -> list[GroupCredit]:
