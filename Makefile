@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all a newcomer needs; `make help` lists the rest.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test unit lint oracle bench reproduce-demo clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+$(VENV)/.core: pyproject.toml .ci/install .ci/overrides.txt
+	.ci/install $(VENV)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml .ci/install .ci/overrides.txt
+	.ci/install $(VENV) dev cpu oracle
+	@touch $@ $(VENV)/.core
+
+demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (about 5 minutes on 2 cores)
+	$(BIN)/treadle demo --fresh
+
+test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, all tests
+	$(BIN)/python -m pytest tests
+
+unit: $(VENV)/.dev ## The tests that start nothing: under 90 s
+	$(BIN)/python -m pytest -q -m "not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow" tests
+
+lint: $(VENV)/.dev ## Format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+oracle: $(VENV)/.dev ## Every objective against an independent one, and against TRL
+	$(BIN)/python -m pytest -m oracle tests/oracle
+
+bench: $(VENV)/.dev ## Measure, side by side with what is claimed against; writes bench.json
+	$(BIN)/python -m tests.benchmarks
+
+reproduce-demo: $(VENV)/.core ## The demo with three seeds, and with shuffled rewards (a quarter of an hour)
+	$(BIN)/python -m tests.benchmarks.reproduce_demo
+
+clean: ## Remove the environment and all runs
+	rm -rf $(VENV) runs bench.json

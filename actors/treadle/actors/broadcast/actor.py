@@ -1,0 +1,72 @@
+"""The weight coordinator's Ray shell: handles in, plain coordinator inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from treadle.actors.broadcast.config import BroadcastConfig
+from treadle.actors.broadcast.coordinator import Coordinator
+from treadle.actors.broadcast.outgoing import Outgoing
+from treadle.actors.broadcast.phases import Offer
+from treadle.platform.records import PublishReport, WeightManifest, WeightVersion
+
+
+class RaySource:
+    """A learner rank behind its handle. The rank has `publish(step, outgoing)`."""
+
+    def __init__(self, handle: Any, outgoing: Outgoing) -> None:
+        self._handle = handle
+        self._outgoing = outgoing
+
+    async def publish(self, step: int) -> Offer | None:
+        return await self._handle.publish.remote(step, self._outgoing)
+
+
+class RayReceiver:
+    """An engine's worker behind its handle. The worker has `stage(manifest, ticket)` and `flip(version)`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
+        return await self._handle.stage.remote(manifest, ticket)
+
+    async def flip(self, version: WeightVersion) -> str:
+        return await self._handle.flip.remote(version)
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class CoordinatorActor:
+    """See `Coordinator`. It is not restarted: a restarted one would have forgotten who may publish."""
+
+    def __init__(self, config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> None:
+        outgoing = Outgoing(transport=config.transport, bucket_bytes=config.bucket_bytes)
+        self._coordinator = Coordinator(
+            config,
+            [RaySource(rank, outgoing) for rank in ranks],
+            {name: RayReceiver(engine) for name, engine in engines.items()},
+        )
+
+    async def register(self) -> int:
+        return self._coordinator.register()
+
+    async def publish(self, step: int, token: int) -> PublishReport:
+        return await self._coordinator.publish(step, token)
+
+    async def catch_up(self, name: str, engine: Any) -> WeightVersion | None:
+        return await self._coordinator.catch_up(name, RayReceiver(engine))
+
+    async def forget(self, name: str) -> None:
+        self._coordinator.forget(name)
+
+    async def held(self) -> Mapping[str, WeightVersion]:
+        return self._coordinator.held
+
+
+def start_coordinator(config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> Any:
+    """The handle of a new coordinator over the learner's rank actors and the engines' worker actors by name."""
+    actor: Any = CoordinatorActor  # what ray.remote returns is untyped
+    return actor.remote(config, ranks, engines)

@@ -1,0 +1,59 @@
+"""Settings of publications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.actors.broadcast.transports import check_name
+from treadle.platform.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BroadcastConfig:
+    """How weights travel, how long anyone may take, and when engine and learner are compared."""
+
+    transport: str = "object_store"
+    """One of the transports' names: object_store, gloo."""
+    bucket_bytes: int = 64 * 2**20
+    """Largest bucket; a tensor larger than this gets its own."""
+    gather_deadline_s: float = 300.0
+    """For the learner's ranks to gather, pack and offer a version."""
+    stage_deadline_s: float = 120.0
+    """For an engine to fetch and check a version, one repetition included; then it is left behind."""
+    flip_deadline_s: float = 60.0
+    """For an engine to reach the end of a decode step and adopt the version."""
+    probe_every: int = 1
+    """Every how many publications engine and learner log-probabilities are compared; 0 never."""
+    probe_limit: float = 1e-3
+    """Largest difference of a token's log-probability, in nats. fp32: 1e-3; bf16: about 0.1."""
+    probe_sequences: int = 4
+    """Sequences in the probe."""
+    probe_tokens: int = 24
+    """Tokens per sequence of the probe."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` naming the setting."""
+        check_name(self.transport)
+        for name in (
+            "bucket_bytes",
+            "gather_deadline_s",
+            "stage_deadline_s",
+            "flip_deadline_s",
+            "probe_limit",
+        ):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"broadcast.{name}={value} must be positive.", "Choose a larger value.")
+        if self.probe_every < 0:
+            raise ConfigError(f"broadcast.probe_every={self.probe_every} is negative.", "Use 0 for never.")
+        if self.probe_every and (self.probe_sequences < 1 or self.probe_tokens < 2):
+            raise ConfigError(
+                f"broadcast.probe_sequences={self.probe_sequences} with probe_tokens={self.probe_tokens} "
+                "give no log-probability to compare.",
+                "Use at least 1 sequence of 2 tokens, or broadcast.probe_every=0.",
+            )
+
+    @property
+    def publish_deadline_s(self) -> float:
+        """The longest a publication may take: every phase uses up its deadline, the fetch one repetition."""
+        return self.gather_deadline_s + 2 * (self.stage_deadline_s + self.flip_deadline_s) + 10.0

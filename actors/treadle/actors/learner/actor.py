@@ -1,0 +1,116 @@
+"""The Ray shell of a learner rank, and the opening of references."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.exceptions import GetTimeoutError
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+from treadle.actors.learner import process_group
+from treadle.actors.learner.figures import RankReport
+from treadle.actors.learner.rank import LearnerRank
+from treadle.actors.learner.stepping import LearnerSpec
+from treadle.platform.errors import DeadlineError
+from treadle.platform.records import Group, Json, Ref, Share, TrainSample, WeightManifest
+
+
+class Offering(Protocol):
+    """Packs the full weights and makes them fetchable (the broadcast's `Outgoing`)."""
+
+    def offer(self, state: Iterable[tuple[str, Tensor]], step: int) -> tuple[WeightManifest, object]: ...
+
+
+class RefResolver:
+    """Opens references through the object store within a deadline; anything else is a group already."""
+
+    def __init__(self, rank: int, deadline_s: float) -> None:
+        self._rank = rank
+        self._deadline_s = deadline_s
+
+    def __call__(self, refs: Sequence[Ref]) -> list[Group]:
+        remote = [ref for ref in refs if isinstance(ref, ray.ObjectRef)]
+        try:
+            opened = iter(ray.get(remote, timeout=self._deadline_s))
+        except GetTimeoutError as error:
+            raise DeadlineError(
+                f"learner rank {self._rank}: {len(remote)} groups did not arrive in {self._deadline_s:g} s.",
+                "Look for a rollout worker that died while its groups were in use.",
+            ) from error
+        return [next(opened) if isinstance(ref, ray.ObjectRef) else ref for ref in refs]
+
+
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
+class LearnerRankActor:
+    """See `LearnerRank`. Never restarted or retried by Ray: a half-made step must not be made again.
+
+    Work runs on one thread; `phase` answers on another while work hangs.
+    """
+
+    def __init__(self, rank: int, ranks: int, step_deadline_s: float) -> None:
+        self._rank = rank
+        self._ranks = ranks
+        self._deadline_s = step_deadline_s
+        self._learner = LearnerRank(rank, RefResolver(rank, step_deadline_s))
+        self._store: TCPStore | None = None
+
+    def open(self, deadline_s: float) -> tuple[str, int]:
+        """Rank 0 only: opens the rendezvous; returns its host and port."""
+        host = ray.util.get_node_ip_address()
+        self._store = process_group.open_store(host, self._ranks, deadline_s)
+        return host, self._store.port
+
+    def join(self, host: str, port: int) -> None:
+        self._learner.phase = "joining the process group"
+        process_group.join(self._rank, self._ranks, host, port, self._deadline_s, self._store)
+        self._learner.phase = "idle"
+
+    def setup(self, spec: LearnerSpec) -> int:
+        return self._learner.setup(spec)
+
+    def step(self, row: Sequence[Share | TrainSample], step: int, temperature: float) -> RankReport:
+        return self._learner.step(row, step, temperature)
+
+    def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+        return self._learner.logprobs(sequences)
+
+    def publish(self, step: int, outgoing: Offering) -> tuple[WeightManifest, object] | None:
+        """Gathers the full weights with the other ranks; rank 0 offers them and returns manifest and
+        ticket."""
+        self._learner.phase = f"publishing version {step}"
+        state = self._learner.full_state()
+        offer = None
+        if self._rank == 0:
+            offer = outgoing.offer(state, step)
+        else:
+            for _ in state:
+                pass
+        self._learner.phase = "idle"
+        return offer
+
+    def save(self, folder: str, extra: Mapping[str, Json]) -> None:
+        self._learner.save(folder, extra)
+
+    def load(self, folder: str) -> Mapping[str, Json]:
+        return self._learner.load(folder)
+
+    def export_hf(self, folder: str) -> None:
+        self._learner.export_hf(folder)
+
+    @ray.method(concurrency_group="health")
+    def phase(self) -> str:
+        """What the rank is doing right now, and where."""
+        return f"{self._learner.phase} ({socket.gethostname()}, process {os.getpid()})"
+
+    @ray.method(concurrency_group="health")
+    def memory_bytes(self) -> int:
+        """Peak device memory, 0 on a CPU."""
+        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0

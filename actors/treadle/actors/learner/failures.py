@@ -1,0 +1,45 @@
+"""Which of several failures of one call was the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from treadle.platform.errors import LearnerError, TreadleError
+
+GRACE_S = 5.0
+RankFailure: TypeAlias = BaseException
+
+
+def diagnose(what: str, failures: Sequence[RankFailure | None], phases: str) -> TreadleError:
+    """The error to raise for a call whose ranks failed as given (None: it did not fail).
+
+    A death comes first, since its peers fail in their collectives because of it; then an error of ours, which
+    says what to change and is passed on as it is; then anything else.
+    """
+    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+    dead = [rank for rank, failure in failed if isinstance(failure, RayActorError)]
+    if dead:
+        cause = str(failures[dead[0]]).strip().splitlines()[0]
+        return LearnerError(
+            f"learner.{what}: rank {', '.join(map(str, dead))} died ({cause}). {phases}",
+            "Resume from the last checkpoint; look at the rank's log and for a lack of memory.",
+        )
+    causes = [(rank, _cause(failure)) for rank, failure in failed]
+    for rank, cause_error in causes:
+        if isinstance(cause_error, TreadleError):
+            return type(cause_error)(
+                f"learner.{what}: rank {rank}: {cause_error.message}", cause_error.remedy
+            )
+    rank, first = causes[0]
+    return LearnerError(
+        f"learner.{what}: rank {rank} failed: {type(first).__name__}: {first}. {phases}",
+        "Look at the rank's log.",
+    )
+
+
+def _cause(failure: RankFailure) -> BaseException:
+    cause = failure.cause if isinstance(failure, RayTaskError) else None
+    return cause if isinstance(cause, BaseException) else failure

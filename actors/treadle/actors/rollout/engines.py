@@ -1,0 +1,43 @@
+"""The engines, by name. A new engine is one file with a `build` function and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from treadle.platform.records import Sample, WeightVersion
+
+if TYPE_CHECKING:
+    from treadle.actors.rollout.config import RolloutConfig
+    from treadle.platform.contracts import Engine
+
+# Imported on use: an engine's library need not be installed where another engine runs.
+ENGINES = {
+    "torch": "treadle.actors.rollout.torch_engine:build",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedSample:
+    """A finished row, as `contracts.EngineSample`.
+
+    Example: `FinishedSample(issue_id="grpo/00000012", sample=Sample(index=3, …), text="<think>…</answer>")`.
+    """
+
+    issue_id: str
+    sample: Sample
+    text: str
+
+
+class BuildEngine(Protocol):
+    """Makes an engine that holds the model of a Hugging Face folder, as weights of `version`."""
+
+    def __call__(self, config: RolloutConfig, model_folder: str, version: WeightVersion) -> Engine: ...
+
+
+def build_engine(config: RolloutConfig, model_folder: str, version: WeightVersion) -> Engine:
+    """Raises `ConfigError` for a model the engine cannot run, `DataError` for a folder without one."""
+    module, _, function = ENGINES[config.engine].partition(":")
+    build: BuildEngine = getattr(importlib.import_module(module), function)
+    return build(config, model_folder, version)

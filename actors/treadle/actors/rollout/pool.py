@@ -1,0 +1,263 @@
+"""`contracts.Rollouts` and `contracts.Scorer` over workers that may die.
+
+A draw goes to the worker with the fewest; a worker that died, fell silent or whose engine failed is replaced
+within a budget, and what it was drawing is drawn again under the same ids by whoever is free: the same issue
+gives the same samples. A replacement loads the model, is brought to the newest weights by `catch_up`, and
+only then draws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treadle.actors.rollout.config import RolloutConfig
+from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindError
+from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
+from treadle.actors.rollout.supervision import Budget, Member, verdict
+from treadle.actors.rollout.worker import WorkerStatus
+from treadle.platform.errors import DeadlineError, RoleError, RolloutError, TreadleError
+from treadle.platform.records import Drawn, Issue, WeightVersion
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 0.05
+
+CatchUp: TypeAlias = Callable[[str, WorkerHandle], Awaitable[object]]
+"""Brings a replaced worker (name, handle) to the newest published weights; raises when it cannot."""
+
+
+class RolloutPool:
+    """The driver's side of the rollout role.
+
+    `max_lag_steps` is the staleness bound: a draw needs weights of at least `issue.version.step` minus it.
+    Example: `pool = RolloutPool(config, ray_launch(config)); await pool.start(folder)`, later
+    `pool.catch_up = lambda name, worker: broadcaster.catch_up(name, worker.actor)`.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, launch: Launch, catch_up: CatchUp | None = None, max_lag_steps: int = 0
+    ) -> None:
+        self.catch_up = catch_up
+        self.max_lag_steps = max_lag_steps
+        self._config = config
+        self._launch = launch
+        self._budget = Budget(config)
+        self._members: dict[str, Member] = {}
+        self._model: tuple[str, WeightVersion] = ("", WeightVersion(step=0))
+        self._failure: RolloutError | None = None
+        self._news = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def workers(self) -> Mapping[str, WorkerHandle]:
+        """The living workers by name: what the weight coordinator publishes to."""
+        return {name: member.handle for name, member in self._members.items() if not member.gone}
+
+    @property
+    def statuses(self) -> Mapping[str, WorkerStatus]:
+        """What each worker said last."""
+        return {name: m.status for name, m in self._members.items() if m.status is not None}
+
+    @property
+    def restarts(self) -> int:
+        """Workers replaced so far."""
+        return self._budget.total
+
+    async def start(self, model_folder: str, version: WeightVersion = WeightVersion(step=0)) -> None:
+        """Starts all workers with a model. Raises `DeadlineError`, or what made a worker fail."""
+        self._model = (model_folder, version)
+        for index in range(self._config.workers):
+            self._add(f"rollout-{index}")
+        try:
+            await asyncio.gather(*(self._load_current(member) for member in self._members.values()))
+        except BaseException:
+            self.close()
+            raise
+        for member in self._members.values():
+            member.ready = True
+            self._spawn(self._watch(member))
+
+    async def load(self, model_folder: str, version: WeightVersion = WeightVersion(step=0)) -> None:
+        """Switches every worker to another model; raises what `start` raises."""
+        self._model = (model_folder, version)
+        await asyncio.gather(*(self._reload(m) for m in list(self._members.values()) if m.ready))
+
+    async def draw(self, issue: Issue) -> Drawn:
+        """See `contracts.Rollouts`. Raises `DataError` for a prompt that cannot fit, `DeadlineError`, and
+        `RolloutError` naming the first cause when workers fail more often than allowed."""
+        story: list[str] = []
+        try:
+            async with asyncio.timeout(self._config.draw_deadline_s) as limit:
+                return await self._draw(issue, story)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineError(
+                f"rollout/draw: {issue.id} (prompt {issue.prompt.id}, version {issue.version.step}) was not drawn "
+                f"within {self._config.draw_deadline_s:g} s; {' '.join(story) or 'no worker was ready.'}",
+                "Raise rollout.draw_deadline_s, or look at the worker's log.",
+            ) from error
+
+    async def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> Mapping[str, NDArray[np.float32]]:
+        """See `contracts.Scorer`; a worker that dies meanwhile is left out."""
+        self._refuse_if_failed()
+        members = [m for m in self._members.values() if m.ready]
+        answers = await asyncio.gather(*(self._scored(m, sequences) for m in members))
+        found = {m.name: a for m, a in zip(members, answers, strict=True) if a is not None}
+        if not found:
+            raise RolloutError("rollout/logprobs: no worker answered.", "See the workers' logs.")
+        return found
+
+    def close(self) -> None:
+        """Ends all workers. Draws in flight fail."""
+        self._failure = self._failure or RolloutError("rollout: the pool is closed.")
+        for task in self._tasks:
+            task.cancel()
+        for member in self._members.values():
+            member.give_up(self._failure)
+        self._announce()
+
+    async def _draw(self, issue: Issue, story: list[str]) -> Drawn:
+        """`story` says where the issue is, and why the last worker refused it."""
+        while True:
+            member = await self._chosen()
+            story[:1] = [f"it is in flight on {member.name}."]
+            member.draws += 1
+            try:
+                least = issue.version.step - self.max_lag_steps
+                summary, group, texts = await member.call(member.handle.draw(issue, least))
+                return dataclasses.replace(summary, group=group, texts=texts)
+            except WorkerBehindError as error:
+                member.retry_s = time.monotonic() + _RETRY_S
+                story[1:] = [f"Refused before: {error.message}"]
+            except (WorkerDiedError, EngineFailedError) as error:
+                self._replace(member, error)
+            finally:
+                member.draws -= 1
+                self._announce()
+
+    async def _chosen(self) -> Member:
+        """The least loaded worker that may hold the right weights."""
+        while True:
+            self._refuse_if_failed()
+            now = time.monotonic()
+            able = [m for m in self._members.values() if m.ready and m.retry_s <= now]
+            if able:
+                return min(able, key=lambda m: m.draws)
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), _RETRY_S)
+            except TimeoutError:
+                continue
+
+    def _replace(self, member: Member, cause: RoleError) -> None:
+        """Gives a worker up and starts another under its name; once per incarnation."""
+        if self._members.get(member.name) is not member or member.gone:
+            return
+        member.give_up(cause)
+        _log.warning("rollout: replacing worker %s: %s", member.name, cause)
+        try:
+            self._budget.spend(member, cause)
+        except RolloutError as error:
+            self._fail(error)
+            return
+        fresh = self._add(member.name)
+        self._spawn(self._bring_back(fresh))
+
+    async def _bring_back(self, member: Member) -> None:
+        try:
+            loaded: object = None
+            while loaded is not self._model:  # it may be switched meanwhile
+                loaded = self._model
+                await self._load_current(member)
+                if self.catch_up is not None:
+                    limit_s = 2 * self._config.stage_deadline_s
+                    await asyncio.wait_for(self.catch_up(member.name, member.handle), limit_s)
+        except (TreadleError, TimeoutError) as error:
+            self._replace(member, _as_role_error(member, "start", error))
+            return
+        member.ready = True
+        self._announce()
+        await self._watch(member)
+
+    async def _load_current(self, member: Member) -> None:
+        await self._bounded(member, member.handle.load(*self._model), "start")
+
+    async def _reload(self, member: Member) -> None:
+        try:
+            await self._bounded(member, member.handle.load(*self._model), "load")
+        except (WorkerDiedError, DeadlineError) as error:
+            self._replace(member, error)
+
+    async def _scored(
+        self, member: Member, sequences: Sequence[NDArray[np.int32]]
+    ) -> NDArray[np.float32] | None:
+        try:
+            return await self._bounded(member, member.handle.logprobs(sequences), "logprobs")
+        except (WorkerDiedError, EngineFailedError, DeadlineError) as error:
+            self._replace(member, error)
+            return None
+
+    async def _bounded(self, member: Member, call: Coroutine[Any, Any, Any], phase: str) -> Any:
+        limit_s = self._config.start_deadline_s
+        try:
+            return await asyncio.wait_for(member.call(call), limit_s)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"rollout/{phase}: worker {member.name} did not answer within {limit_s:g} s.",
+                "Raise rollout.start_deadline_s, or see whether the cluster has room for the worker.",
+            ) from error
+
+    async def _watch(self, member: Member) -> None:
+        """consumes: statuses; waits for: the next heartbeat; unblocked by: the worker's end; produces: a
+        replacement when the worker died, fell silent or failed."""
+        while not member.gone:
+            await asyncio.sleep(self._config.heartbeat_s)
+            try:
+                status = member.handle.status()
+                member.status = await asyncio.wait_for(member.call(status), self._config.silence_deadline_s)
+                reason = verdict(member.status, self._config)
+            except (TreadleError, TimeoutError) as error:
+                reason = _as_role_error(member, "heartbeat", error)
+            if reason is not None and not member.gone:
+                self._replace(member, reason)
+
+    def _add(self, name: str) -> Member:
+        member = Member(name, self._launch(name))
+        self._members[name] = member
+        return member
+
+    def _fail(self, error: RolloutError) -> None:
+        self._failure = self._failure or error
+        self._announce()
+
+    def _refuse_if_failed(self) -> None:
+        if self._failure is not None:
+            raise RolloutError(self._failure.message, self._failure.remedy)
+
+    def _announce(self) -> None:
+        self._news.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._fail(RolloutError(f"rollout: supervision ended: {task.exception()!r}"))
+
+
+def _as_role_error(member: Member, phase: str, error: BaseException) -> RoleError:
+    if isinstance(error, RoleError):
+        return error
+    what = "did not answer in time" if isinstance(error, TimeoutError) else str(error)
+    return RolloutError(f"rollout/{phase}: worker {member.name} {what}")

@@ -1,0 +1,93 @@
+"""One worker under supervision, and the budget for replacing workers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from treadle.actors.rollout.config import RolloutConfig
+from treadle.actors.rollout.handles import WorkerDiedError, WorkerHandle
+from treadle.actors.rollout.worker import WorkerStatus
+from treadle.platform.errors import RoleError, RolloutError
+
+T = TypeVar("T")
+
+
+class Member:
+    """A worker's incarnation as the pool sees it. A replacement is a new member under the same name."""
+
+    def __init__(self, name: str, handle: WorkerHandle) -> None:
+        self.name = name
+        self.handle = handle
+        self.ready = False
+        self.draws = 0
+        self.retry_s = 0.0  # monotonic; before it the worker is known to hold weights too old
+        self.status: WorkerStatus | None = None
+        self._gone: asyncio.Future[RoleError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def gone(self) -> bool:
+        return self._gone.done()
+
+    def give_up(self, cause: RoleError) -> None:
+        """Ends the process; calls in flight raise `WorkerDiedError` now, even if a frozen process never
+        answers."""
+        if not self.gone:
+            self.ready = False
+            self._gone.set_result(cause)
+            self.handle.kill()
+
+    async def call(self, call: Coroutine[Any, Any, T]) -> T:
+        """The call's result, unless the worker is given up first."""
+        task = asyncio.ensure_future(call)
+        waited: set[asyncio.Future[Any]] = {task, self._gone}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if task.done() and not task.cancelled():
+            return task.result()
+        raise WorkerDiedError(f"rollout: worker {self.name} was given up: {self._gone.result()}")
+
+
+class Budget:
+    """How many replacements are allowed within a window, and what started it."""
+
+    def __init__(self, config: RolloutConfig) -> None:
+        self._limit = config.max_restarts
+        self._window_s = config.restart_window_s
+        self._spent: deque[tuple[float, str]] = deque()
+        self.total = 0
+
+    def spend(self, member: Member, cause: RoleError) -> None:
+        """Raises `RolloutError` naming the first cause when the budget is spent."""
+        now = time.monotonic()
+        while self._spent and now - self._spent[0][0] > self._window_s:
+            self._spent.popleft()
+        self._spent.append((now, f"worker {member.name}: {cause.message}"))
+        if len(self._spent) > self._limit:
+            raise RolloutError(
+                f"rollout: {len(self._spent)} workers failed within {self._window_s:g} s; "
+                f"first cause: {self._spent[0][1]}",
+                "Remove the first cause; rollout.max_restarts allows more replacements.",
+            )
+        self.total += 1
+
+
+def verdict(status: WorkerStatus, config: RolloutConfig) -> RoleError | None:
+    """Why a worker that answers must still be replaced, or None."""
+    if status.failure:
+        return RolloutError(f"rollout: the engine of worker {status.name} failed: {status.failure}")
+    limits = {"loading": config.start_deadline_s, "adopting": config.stage_deadline_s}
+    limit_s = max(limits.get(status.phase, 0.0), config.silence_deadline_s)
+    if status.silent_s > limit_s:
+        return RolloutError(
+            f"rollout/{status.phase}: worker {status.name} made no progress for {status.silent_s:.0f} s "
+            f"with {status.in_flight} issues in flight.",
+            "Raise rollout.silence_deadline_s if single steps take this long.",
+        )
+    return None

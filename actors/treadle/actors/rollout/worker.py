@@ -1,0 +1,118 @@
+"""A rollout worker: one engine, its thread, and the weights staged beside the ones in use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treadle.actors.broadcast.buckets import unpack
+from treadle.actors.broadcast.transports import fetch
+from treadle.actors.rollout.config import RolloutConfig
+from treadle.actors.rollout.engine_loop import DrawnGroup, EngineLoop
+from treadle.actors.rollout.engines import build_engine
+from treadle.kernels.digest import state_digest
+from treadle.platform.contracts import Engine
+from treadle.platform.errors import BroadcastError
+from treadle.platform.failpoints import failpoint
+from treadle.platform.records import Issue, WeightManifest, WeightVersion
+
+Fetch = Callable[[WeightManifest, object, float], list[NDArray[np.uint8]]]
+"""(manifest, ticket, deadline_s) -> the version's checked buckets, as `broadcast.transports.fetch`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """What a worker says of itself. `silent_s` is how long its engine thread has not come round, `failure`
+    why its engine draws no more (empty while it does)."""
+
+    name: str
+    phase: str  # empty | loading | idle | drawing | adopting | scoring
+    version: WeightVersion
+    in_flight: int  # issues
+    progress: int
+    drawn_tokens: int
+    silent_s: float
+    failure: str
+
+
+class RolloutWorker:
+    """Draws groups, adopts weights in two phases. Its methods run on one event loop; the engine has its
+    thread."""
+
+    def __init__(
+        self,
+        name: str,
+        config: RolloutConfig,
+        build: Callable[[RolloutConfig, str, WeightVersion], Engine] = build_engine,
+        fetch: Fetch = fetch,
+    ) -> None:
+        self._config = config
+        self._build = build
+        self._fetch = fetch
+        self._loop = EngineLoop(name)
+        self._staged: tuple[WeightManifest, list[NDArray[np.uint8]]] | None = None
+
+    async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
+        """Switches to another model. Issues still being drawn fail with `RolloutError`."""
+        self._staged = None
+        build = self._loop.load(lambda: self._build(self._config, model_folder, version), version)
+        return await asyncio.wrap_future(build)
+
+    async def draw(self, issue: Issue, min_version_step: int) -> DrawnGroup:
+        """The issue's group, drawn with weights of at least that step.
+
+        Raises `DataError` for a prompt that cannot fit, `WorkerBehindError` when the weights are older,
+        `EngineFailedError` when the engine failed; never returns fewer samples than asked for.
+        """
+        failpoint("rollout.before_draw")
+        return await asyncio.wrap_future(self._loop.draw(issue, min_version_step))
+
+    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
+        """Fetches a version beside the one in use; returns the digest of what arrived. Drawing goes on.
+
+        Raises `BroadcastError` or `DeadlineError`.
+        """
+        failpoint("rollout.before_stage")
+        buckets = await asyncio.to_thread(self._fetch, manifest, ticket, self._config.stage_deadline_s)
+        digest = await asyncio.to_thread(lambda: state_digest(unpack(manifest, buckets)))
+        self._staged = (manifest, buckets)
+        return digest
+
+    async def flip(self, version: WeightVersion) -> str:
+        """Adopts what was staged, between two decode steps; returns the digest of what the engine then holds.
+
+        Raises `BroadcastError` when this version is not staged, `MismatchError` when it does not fit the
+        model.
+        """
+        failpoint("rollout.before_flip")
+        if self._staged is None or self._staged[0].version.step != version.step:
+            raise BroadcastError(f"rollout/flip: version {version.step} is not staged.", "Stage it first.")
+        manifest, buckets = self._staged
+        adopt = self._loop.adopt(version, lambda engine: engine.adopt(version, unpack(manifest, buckets)))
+        digest = await asyncio.wrap_future(adopt)
+        self._staged = None
+        return digest
+
+    async def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+        """See `contracts.Scorer`: of every token but each sequence's first, concatenated."""
+        return await asyncio.wrap_future(self._loop.ask(lambda engine: engine.logprobs(sequences)))
+
+    def status(self) -> WorkerStatus:
+        loop = self._loop
+        return WorkerStatus(
+            name=loop.name,
+            phase=loop.phase,
+            version=loop.version,
+            in_flight=loop.in_flight,
+            progress=loop.progress,
+            drawn_tokens=loop.drawn_tokens,
+            silent_s=loop.silent_s,
+            failure=loop.failure,
+        )
+
+    def close(self) -> None:
+        self._loop.close()

@@ -1,0 +1,103 @@
+"""The Ray shell of the process pool, and how the client reaches it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
+
+from treadle.actors.verify.asked import JudgeRequest
+from treadle.actors.verify.client import ActorLostError, VerifierPool, VerifyHandle
+from treadle.actors.verify.config import VerifyConfig
+from treadle.actors.verify.pool import ProcessPool
+from treadle.platform.errors import RoleError, VerifierError
+from treadle.platform.records import Ref, Verdict
+
+
+# Ray would restart it without its processes, and without counting: the client replaces it within a budget.
+@ray.remote(max_restarts=0, max_task_retries=0)
+class VerifyActor:
+    """See `ProcessPool`. Async, so that many groups wait in it at once."""
+
+    def __init__(self, config: VerifyConfig) -> None:
+        self._pool = ProcessPool(config)
+
+    async def start(self) -> None:
+        await self._pool.start()
+
+    async def judge(self, request: JudgeRequest, texts: tuple[str, ...]) -> tuple[Verdict, ...]:
+        return await self._pool.judge(request, texts)
+
+    async def ping(self) -> None:
+        """Answers while the event loop turns."""
+
+
+class RayVerifyHandle:
+    """Implements `client.VerifyHandle` over an actor handle, which stays reachable as `actor`."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def start(self) -> None:
+        await _answer(self.actor.start.remote(), "start")
+
+    async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
+        # As an argument of its own the reference is resolved in the actor: completions pass the driver by.
+        verdicts: tuple[Verdict, ...] = await _answer(self.actor.judge.remote(request, texts), "judge")
+        return verdicts
+
+    async def ping(self) -> None:
+        await _answer(self.actor.ping.remote(), "ping")
+
+    def kill(self) -> None:
+        ray.kill(self.actor, no_restart=True)
+
+
+def ray_verifier_pool(
+    config: VerifyConfig, options: Callable[[int], Mapping[str, Any]] | None = None
+) -> VerifierPool:
+    """A pool over Ray actors, not started yet. `options(index)` are actor options that win over the config's:
+    where actor `index` is placed, its `runtime_env`.
+
+    Example: `pool = ray_verifier_pool(config, lambda i: placement.options("verify", i)); await pool.start()`.
+    """
+
+    async def spawn(index: int) -> VerifyHandle:
+        chosen = {"num_cpus": config.cpus, **(options(index) if options else {})}
+        actor: Any = VerifyActor  # what ray.remote returns is untyped
+        handle = RayVerifyHandle(actor.options(**chosen).remote(config))
+        try:
+            async with asyncio.timeout(config.startup_deadline_s):
+                await handle.start()
+        except TimeoutError as error:
+            handle.kill()
+            raise VerifierError(
+                f"verify, start: actor {index} is not up within "
+                f"verify.startup_deadline_s={config.startup_deadline_s}.",
+                "Free CPUs on the cluster, or lower verify.cpus.",
+            ) from error
+        except BaseException:
+            handle.kill()
+            raise
+        return handle
+
+    return VerifierPool(config, spawn)
+
+
+async def _answer(reference: Any, doing: str) -> Any:
+    """Awaits a call. The death of the actor becomes `ActorLostError`, what else went wrong a `VerifierError`
+    (completions may be lost with the node that drew them)."""
+    try:
+        return await reference
+    except (RayActorError, ActorUnschedulableError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise ActorLostError(f"verify, {doing}: {type(error).__name__}: {text}.") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, RoleError):
+            raise error.cause from error
+        raise VerifierError(f"verify, {doing}: {type(error.cause).__name__}: {error.cause}."[:500]) from error
+    except RayError as error:
+        raise VerifierError(f"verify, {doing}: {type(error).__name__}: {error}."[:500]) from error

@@ -1,0 +1,160 @@
+"""The process that runs verifiers: `python -m treadle.actors.verify.child PARENT_PID PROGRESS_FD`.
+
+It is killed without warning when a completion takes too long, so it keeps nothing that matters. It imports
+neither numpy nor ray nor torch: starting one costs a tenth of a second, because one is started per kill.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import resource
+import signal
+import sys
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+
+from treadle.actors.verify.composite import CompositeVerifier, ScoringSpec, make_composite
+from treadle.actors.verify.frames import MAX_DETAIL_CHARACTERS, Channel, Progress
+from treadle.platform.failpoints import failpoint
+
+if TYPE_CHECKING:
+    from treadle.platform.records import Json
+
+RETIRED = 75
+"""Exit status after a completion exhausted the memory: what the heap looks like then is anyone's guess."""
+FLUSH_AFTER_S = 0.005
+"""Finished scores wait this long for company: fast batches answer in one frame, slow ones one by one."""
+_PR_SET_PDEATHSIG = 1
+_OUTPUT_BYTES = 2**20
+_OPEN_FILES = 64
+
+
+def main() -> None:
+    die_with(int(sys.argv[1]))
+    faulthandler.enable()
+    channel = take_channel()
+    hello = channel.receive()
+    if hello is None:
+        return
+    limit_resources(cast(int, hello["memory_bytes"]))
+    judge = Judge(channel, Progress(int(sys.argv[2])), read_spec(hello), cast(float, hello["deadline_s"]))
+    channel.send({"ready": "started"})
+    while (message := channel.receive()) is not None:
+        if "prepare" in message:
+            judge.prepare(str(message["prepare"]))
+        else:
+            judge.judge(message)
+
+
+def die_with(parent: int) -> None:
+    """Ends this process with its parent, also when the parent is killed or died before this call."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def take_channel() -> Channel:
+    """Moves the socket away from standard input, so that a verifier that reads or prints cannot touch it."""
+    fd = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    return Channel(fd)
+
+
+def limit_resources(memory_bytes: int) -> None:
+    """Limits of this process; the CPU limit is set per batch."""
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, _OUTPUT_BYTES),
+        (resource.RLIMIT_NOFILE, _OPEN_FILES),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (ceiling, ceiling))
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:
+        return  # the kernel's choice of a victim is then its own
+
+
+def read_spec(hello: dict[str, Json]) -> ScoringSpec:
+    return ScoringSpec(
+        parts=cast("dict[str, float]", hello["parts"]),
+        eos=cast(str, hello["eos"]),
+        think_opened=cast(bool, hello["think_opened"]),
+        custom=cast("dict[str, str]", hello["custom"]),
+    )
+
+
+class Judge:
+    """Scores batches and reports a row per sample: index, parts, wall seconds, detail (empty when scored)."""
+
+    def __init__(self, channel: Channel, progress: Progress, spec: ScoringSpec, deadline_s: float) -> None:
+        self._channel = channel
+        self._progress = progress
+        self._spec = spec
+        self._deadline_s = deadline_s
+        self._verifiers: dict[str, CompositeVerifier] = {}
+
+    def prepare(self, name: str) -> None:
+        """Builds a verifier, imports included, and answers with its version."""
+        try:
+            verifier = self._verifiers[name] = make_composite(name, self._spec)
+        except Exception as error:  # noqa: BLE001  whatever a factory raises is answered, not died of
+            self._channel.send({"error": describe(error)})
+        else:
+            self._channel.send({"ready": verifier.version})
+
+    def judge(self, batch: dict[str, Json]) -> None:
+        """Answers with one or more frames of rows; the last one says `end`."""
+        verifier = self._verifiers[str(batch["judge"])]
+        payloads = cast("list[dict[str, Json]]", batch["payloads"])
+        samples = cast("list[tuple[str, bool, int]]", batch["samples"])
+        self._limit_cpu(len(samples))
+        rows: list[Json] = []
+        flushed_s = monotonic()
+        for index, (text, finished, prompt) in enumerate(samples):
+            began_s = monotonic()
+            if rows and began_s - flushed_s > FLUSH_AFTER_S:
+                self._channel.send({"rows": rows})
+                rows, flushed_s = [], began_s
+            self._progress.start(index, began_s)
+            try:
+                failpoint("verify.in_child")
+                score = verifier.score(text, payloads[prompt], finished)
+                parts: list[Json] = [[name, value] for name, value in score]
+                rows.append([index, parts, monotonic() - began_s, ""])
+            except Exception as error:  # noqa: BLE001  whatever a verifier raises is a failed verdict
+                rows.append([index, [], monotonic() - began_s, describe(error)])
+                if isinstance(error, MemoryError):
+                    self._retire(rows)
+        self._progress.start(Progress.IDLE, monotonic())
+        self._channel.send({"rows": rows, "end": True})
+
+    def _retire(self, rows: list[Json]) -> None:
+        self._progress.start(Progress.IDLE, monotonic())
+        self._channel.send({"rows": rows})
+        os._exit(RETIRED)
+
+    def _limit_cpu(self, samples: int) -> None:
+        """The pool watches the clock; this limit holds when the pool itself is frozen."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        limit = int(usage.ru_utime + usage.ru_stime + samples * self._deadline_s) + 5
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        )
+
+
+def describe(error: Exception) -> str:
+    """Type and message; never empty, because an empty detail means scored."""
+    return f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARACTERS]
+
+
+if __name__ == "__main__":
+    main()

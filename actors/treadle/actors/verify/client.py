@@ -1,0 +1,171 @@
+"""The verifier pool as the workflows see it: `Verifiers` over one or more verify actors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from treadle.actors.verify.asked import JudgeRequest, judge_request
+from treadle.actors.verify.config import VerifyConfig
+from treadle.actors.verify.verdicts import VerdictCounter, VerifyStats, unscored
+from treadle.platform.errors import RoleError, VerifierError
+from treadle.platform.records import Drawn, Ref, Verdict, VerdictStatus
+
+_LOG = logging.getLogger(__name__)
+PING_DEADLINE_S = 5.0
+"""An actor that lives answers a ping at once: its event loop never waits for a verifier."""
+
+
+class ActorLostError(VerifierError):
+    """The verify actor is gone, or does not answer; says nothing about what it was judging."""
+
+
+class VerifyHandle(Protocol):
+    """One verify actor. `judge` and `ping` raise `ActorLostError` when it is gone."""
+
+    async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]: ...
+
+    async def ping(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Spawn: TypeAlias = Callable[[int], Awaitable[VerifyHandle]]
+"""Starts the verify actor of an index below `VerifyConfig.actors` and waits until it can judge."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: int
+    handle: VerifyHandle | None
+    load: int = 0
+    probe: asyncio.Task[None] | None = None
+
+
+class VerifierPool:
+    """Sends each group to the least loaded actor and replaces actors that die.
+
+    consumes: drawn groups; waits for: an actor's answer, at most `judge_deadline_s`; unblocked by: the
+    answer, the actor's death or the deadline; produces: verdicts, `failed` or `timed_out` where no answer
+    came.
+    Judging twice is harmless, so a group whose actor died goes to another one.
+    """
+
+    def __init__(self, config: VerifyConfig, spawn: Spawn) -> None:
+        config.check()
+        self._config = config
+        self._spawn = spawn
+        self._slots: list[_Slot] = []
+        self._counter = VerdictCounter()
+        self._respawns_left = config.respawns
+
+    async def start(self) -> None:
+        """Starts the actors. Raises `VerifierError` when one cannot start, after ending the others."""
+        handles = await asyncio.gather(
+            *(self._spawn(index) for index in range(self._config.actors)), return_exceptions=True
+        )
+        self._slots = [
+            _Slot(index, handle)
+            for index, handle in enumerate(handles)
+            if not isinstance(handle, BaseException)
+        ]
+        for error in handles:
+            if isinstance(error, BaseException):
+                await self.close()
+                raise error
+
+    async def judge(self, drawn: Drawn) -> tuple[Verdict, ...]:
+        """One verdict per sample, in order. Raises `VerifierError` when no actor is left to ask."""
+        request = judge_request(drawn)
+        try:
+            async with asyncio.timeout(self._config.judge_deadline_s):
+                verdicts = await self._ask(request, drawn.texts)
+        except TimeoutError:
+            detail = f"no answer within verify.judge_deadline_s={self._config.judge_deadline_s}"
+            verdicts = _without_answer(request, VerdictStatus.TIMED_OUT, detail)
+        self._counter.add(verdicts)
+        return verdicts
+
+    def stats(self) -> VerifyStats:
+        """Verdicts so far by status, and seconds per completion."""
+        return self._counter.stats()
+
+    @property
+    def handles(self) -> tuple[VerifyHandle, ...]:
+        """The living actors."""
+        return tuple(slot.handle for slot in self._slots if slot.handle is not None)
+
+    async def close(self) -> None:
+        """Ends the actors."""
+        slots, self._slots = self._slots, []
+        for slot in slots:
+            if slot.probe is not None:
+                slot.probe.cancel()
+                await asyncio.gather(slot.probe, return_exceptions=True)
+            if slot.handle is not None:
+                slot.handle.kill()
+
+    async def _ask(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
+        reason = ""
+        while (slot := self._least_loaded()) is not None:
+            handle = slot.handle
+            assert handle is not None
+            slot.load += 1
+            try:
+                return await handle.judge(request, texts)
+            except asyncio.CancelledError:  # the deadline, perhaps because the actor hangs
+                self._suspect(slot, handle)
+                raise
+            except ActorLostError as error:
+                reason = error.message
+                await asyncio.shield(self._suspect(slot, handle))
+            except RoleError as error:
+                return _without_answer(request, VerdictStatus.FAILED, error.message)
+            finally:
+                slot.load -= 1
+        if not reason:
+            raise VerifierError(
+                f"verify, judge {request.group_id}: no verify actor is left after "
+                f"{self._config.respawns} respawns.",
+                "Look for the cause in the actors' logs; verify.respawns allows more.",
+            )
+        return _without_answer(request, VerdictStatus.FAILED, reason)
+
+    def _least_loaded(self) -> _Slot | None:
+        alive = [slot for slot in self._slots if slot.handle is not None]
+        return min(alive, key=lambda slot: slot.load, default=None)
+
+    def _suspect(self, slot: _Slot, handle: VerifyHandle) -> asyncio.Task[None]:
+        """The one probe of an actor under suspicion. It outlives the call that raised the suspicion."""
+        if slot.probe is None or slot.probe.done():
+            slot.probe = asyncio.create_task(self._probe(slot, handle))
+        return slot.probe
+
+    async def _probe(self, slot: _Slot, suspect: VerifyHandle) -> None:
+        """Replaces an actor that does not answer a ping; one that does keeps its place."""
+        if slot.handle is not suspect:
+            return  # replaced while this suspicion arose
+        try:
+            async with asyncio.timeout(PING_DEADLINE_S):
+                await suspect.ping()
+        except (TimeoutError, RoleError) as error:
+            _LOG.warning("verify: replacing an actor that does not answer: %s", error)
+            suspect.kill()
+            slot.handle = await self._replacement(slot.index)
+
+    async def _replacement(self, index: int) -> VerifyHandle | None:
+        while self._respawns_left > 0:
+            self._respawns_left -= 1
+            try:
+                return await self._spawn(index)
+            except RoleError as error:
+                _LOG.warning("verify: an actor could not be replaced: %s", error)
+        return None
+
+
+def _without_answer(request: JudgeRequest, status: VerdictStatus, detail: str) -> tuple[Verdict, ...]:
+    verdict = unscored(status, 0.0, f"verify, group {request.group_id}: {detail}", request.verifier)
+    return (verdict,) * len(request.finished)

@@ -1,0 +1,293 @@
+"""One killable process, seen from the pool.
+
+A thread cannot be stopped and a signal only interrupts bytecode, so the one deadline that always holds is
+SIGKILL on a process group of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import Enum
+from time import monotonic
+from typing import IO, TYPE_CHECKING, cast
+
+from treadle.actors.verify.composite import ScoringSpec
+from treadle.actors.verify.frames import HEADER, MAX_REPLY_BYTES, Progress, encode
+
+if TYPE_CHECKING:
+    from treadle.platform.records import Json
+
+PICKUP_S = 5.0
+"""A process that has not begun a batch by then is stopped or broken; no sample is to blame."""
+SETTLE_S = 0.02
+"""Before a kill, time for an answer that has already arrived to be read."""
+REAP_S = 2.0
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "VIRTUAL_ENV")
+_KEPT_PREFIX = "TREADLE_FAILPOINT"
+
+
+class Ending(Enum):
+    DONE = "done"
+    OVERDUE = "overdue"  # a sample passed its deadline
+    STUCK = "stuck"  # the process did not even begin
+    DIED = "died"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sample's score. `detail` is empty when scored, else says how the verifier failed."""
+
+    index: int
+    parts: tuple[tuple[str, float], ...]
+    wall_s: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a batch went: the rows that came back, how it ended, and the sample that was being judged."""
+
+    rows: tuple[Row, ...]
+    ending: Ending
+    blamed: int | None
+    blamed_wall_s: float
+    detail: str
+
+
+class ChildError(Exception):
+    """A process that does not start, or cannot build a verifier. `fatal`: the process is gone."""
+
+    def __init__(self, detail: str, fatal: bool) -> None:
+        super().__init__(detail, fatal)
+        self.detail = detail
+        self.fatal = fatal
+
+
+class Child:
+    """One incarnation of the process. One batch at a time.
+
+    consumes: batches; waits for: rows, until the deadline of the sample at work; unblocked by: the socket
+    (an answer or its closing) or the clock; produces: outcomes.
+    """
+
+    def __init__(
+        self,
+        popen: subprocess.Popen[bytes],
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        progress: Progress,
+        output: IO[bytes],
+    ) -> None:
+        self._popen = popen
+        self._reader, self._writer = streams
+        self._progress = progress
+        self._output = output
+        self._versions: dict[str, str] = {}
+        self._killed = False
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @classmethod
+    async def start(
+        cls, spec: ScoringSpec, memory_bytes: int, deadline_s: float, startup_deadline_s: float
+    ) -> Child:
+        """Starts the process and waits until it listens. Raises `ChildError`."""
+        ours, theirs = socket.socketpair()
+        progress, fd = Progress.create()
+        output = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
+        try:
+            popen = _spawn(theirs, fd, output)
+        except OSError as error:
+            ours.close()
+            progress.close()
+            output.close()
+            raise ChildError(f"no process could be started: {error}", fatal=True) from error
+        finally:
+            theirs.close()
+            os.close(fd)
+        child = cls(popen, await asyncio.open_unix_connection(sock=ours), progress, output)
+        hello: dict[str, Json] = {"memory_bytes": memory_bytes, "deadline_s": deadline_s}
+        try:
+            await child._ask({**hello, **asdict(spec)}, startup_deadline_s, "start")
+        except BaseException:  # a cancelled start must not leave a process behind
+            child.kill()
+            await child.reap()
+            child.close()
+            raise
+        return child
+
+    async def prepare(self, name: str, deadline_s: float) -> str:
+        """Has the process build a verifier, once; returns its version. Raises `ChildError`."""
+        if name not in self._versions:
+            self._versions[name] = await self._ask({"prepare": name}, deadline_s, f"prepare {name}")
+        return self._versions[name]
+
+    async def judge(
+        self,
+        name: str,
+        payloads: Sequence[Mapping[str, Json]],
+        samples: Sequence[tuple[str, bool, int]],
+        deadline_s: float,
+    ) -> Outcome:
+        """Scores samples: completion, whether it came to its end, index of its payload. Rows carry their
+        position in `samples`."""
+        triples: list[Json] = [list(sample) for sample in samples]
+        prompts: list[Json] = [dict(payload) for payload in payloads]
+        self._writer.write(encode({"judge": name, "payloads": prompts, "samples": triples}))
+        sent_s = monotonic()
+        rows: list[Row] = []
+        while True:
+            reading = asyncio.ensure_future(self._read())
+            try:
+                late = await self._wait(reading, sent_s, deadline_s)
+            finally:
+                reading.cancel()
+            if late is not None:
+                return self._outcome(rows, late, _lateness(late, deadline_s))
+            message = reading.result()
+            if message is None:
+                return self._outcome(rows, Ending.DIED, await self.epitaph())
+            rows.extend(_row(values) for values in cast("list[list[Json]]", message["rows"]))
+            if message.get("end"):
+                return self._outcome(rows, Ending.DONE, "")
+
+    async def epitaph(self) -> str:
+        """How the process ended, and the last line it printed."""
+        self.kill()
+        await self.reap()
+        code = self._popen.returncode
+        if code is None:
+            ended = "does not end after SIGKILL"
+        elif code < 0:
+            ended = f"was killed by {signal.Signals(-code).name}"
+        else:
+            ended = f"ended with status {code}"
+        lines = self._tail().strip().splitlines()
+        return f"the process {ended}" + (f": {lines[-1][-200:]}" if lines else "")
+
+    def kill(self) -> None:
+        """Ends the process and all it started; does not wait."""
+        if not self._killed:
+            self._killed = True
+            with suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
+            self._writer.close()
+
+    async def reap(self) -> None:
+        """Collects the ended process; gives up after `REAP_S` (a process in an uninterruptible call)."""
+        until_s = monotonic() + REAP_S
+        while self._popen.poll() is None and monotonic() < until_s:
+            await asyncio.sleep(0.002)
+
+    def close(self) -> None:
+        """Frees what belongs to an ended process."""
+        self._progress.close()
+        self._output.close()
+
+    async def _ask(self, message: dict[str, Json], deadline_s: float, doing: str) -> str:
+        self._writer.write(encode(message))
+        try:
+            async with asyncio.timeout(deadline_s):
+                answer = await self._read()
+        except TimeoutError:
+            raise ChildError(f"the process did not {doing} within {deadline_s} s", fatal=True) from None
+        if answer is None:
+            raise ChildError(f"could not {doing}: {await self.epitaph()}", fatal=True)
+        if "error" in answer:
+            raise ChildError(str(answer["error"]), fatal=False)
+        return str(answer["ready"])
+
+    async def _wait(
+        self, reading: asyncio.Future[dict[str, Json] | None], sent_s: float, deadline_s: float
+    ) -> Ending | None:
+        """Waits for the next message; returns how it is late, or None when it is there."""
+        while True:
+            due_s = self._due(sent_s, deadline_s)
+            # A sample that begins during this wait is due a deadline later, so look again by then.
+            await asyncio.wait({reading}, timeout=min(max(due_s - monotonic(), 0.0), deadline_s))
+            if not reading.done() and monotonic() >= due_s:
+                await asyncio.wait({reading}, timeout=SETTLE_S)
+            if reading.done():
+                return None
+            if monotonic() >= due_s == self._due(sent_s, deadline_s):
+                index, _ = self._progress.read()
+                return Ending.STUCK if index == Progress.IDLE else Ending.OVERDUE
+
+    def _due(self, sent_s: float, deadline_s: float) -> float:
+        """When the sample at work, or the taking up of the batch, or the sending of its end is late."""
+        index, began_s = self._progress.read()
+        return max(sent_s, began_s) + PICKUP_S if index == Progress.IDLE else began_s + deadline_s
+
+    async def _read(self) -> dict[str, Json] | None:
+        """The next message; None when the process is gone or sends what no process of ours sends."""
+        try:
+            size = HEADER.unpack(await self._reader.readexactly(HEADER.size))[0]
+            if size > MAX_REPLY_BYTES:
+                return None
+            return cast("dict[str, Json]", json.loads(await self._reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError):
+            return None
+
+    def _outcome(self, rows: list[Row], ending: Ending, detail: str) -> Outcome:
+        index, began_s = self._progress.read()
+        answered = {row.index for row in rows}
+        blamed = None if ending is Ending.DONE or index == Progress.IDLE or index in answered else index
+        if ending is not Ending.DONE:
+            self.kill()
+        wall_s = monotonic() - began_s if blamed is not None else 0.0
+        return Outcome(rows=tuple(rows), ending=ending, blamed=blamed, blamed_wall_s=wall_s, detail=detail)
+
+    def _tail(self) -> str:
+        size = os.fstat(self._output.fileno()).st_size
+        # pread: the offset of this file is shared with the process
+        return os.pread(self._output.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
+
+
+def _spawn(socket_: socket.socket, progress_fd: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """No `preexec_fn`: it would fork the whole actor instead of using vfork. The process limits itself."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "treadle.actors.verify.child", str(os.getpid()), str(progress_fd)],
+        stdin=socket_.fileno(),
+        stdout=output,
+        stderr=output,
+        pass_fds=(progress_fd,),
+        start_new_session=True,
+        cwd="/",
+        env=minimal_environment(),
+    )
+
+
+def minimal_environment() -> dict[str, str]:
+    """No credentials: a completion may try to have them printed. The import path is this process's own."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    kept |= {name: value for name, value in os.environ.items() if name.startswith(_KEPT_PREFIX)}
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+    return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _lateness(ending: Ending, deadline_s: float) -> str:
+    if ending is Ending.OVERDUE:
+        return f"no verdict within verify.deadline_s={deadline_s}"
+    return f"the process did not begin within {PICKUP_S} s"
+
+
+def _row(values: list[Json]) -> Row:
+    index, parts, wall_s, detail = values
+    pairs = cast("list[tuple[str, float]]", parts)
+    return Row(
+        index=cast(int, index),
+        parts=tuple((name, float(value)) for name, value in pairs),
+        wall_s=cast(float, wall_s),
+        detail=str(detail),
+    )

@@ -1,0 +1,152 @@
+"""An additive, position-keyed digest of a model's weights.
+
+For the element at flat index i of tensor t, with bit pattern b, and k₁, k₂ hashed from t's name and dtype:
+
+    x  = b ⊕ (k₁ + i·φ)          φ odd, from the golden ratio
+    x  = fold₃₂(x·M₁)            fold_s(x) = x ⊕ (x >> s)
+    h₁ = fold₂₉(x·M₂),  h₂ = fold₃₁((x + k₂)·M₃)
+
+and the digest is (Σ h₁, Σ h₂) mod 2⁶⁴ over all elements of all tensors. Addition commutes, hence it does not
+depend on the order of tensors, nor on how they are sharded, and a change of n elements updates it in O(n).
+
+What it detects: every step above is a bijection of b, so a single changed element always changes both lanes.
+For several changed, swapped or shifted elements the differences of the two lanes behave like independent
+uniform 64-bit numbers: an accident passes with a probability of about 2⁻¹²⁸. It is no cryptographic hash:
+whoever can choose the weights can forge one. It guards against accidents, not adversaries. Bits are compared,
+not values: 0.0 and -0.0 differ, as do two NaNs with different payloads.
+
+Shapes: n elements of one tensor or shard, flattened in row-major order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+_PHI = 0x9E3779B97F4A7C15
+_M1 = 0xBF58476D1CE4E5B9
+_M2 = 0x94D049BB133111EB
+_M3 = 0xD6E8FEB86659FD93
+_CHUNK = 1 << 15  # elements; four int64 buffers of this length stay in a core's L2 cache
+_WORD = 1 << 64
+
+_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Partial(NamedTuple):
+    """The two lanes of a digest over some of the elements, each in [0, 2⁶⁴). `Partial(0, 0)`: none."""
+
+    first: int
+    second: int
+
+    def __str__(self) -> str:
+        return f"{self.first:016x}{self.second:016x}"
+
+
+def state_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The digest of a whole state as 32 hexadecimal digits. Names must be unique: every tensor counts once.
+
+    Example: `state_digest(model.state_dict().items())`.
+    """
+    return str(combine(partial_digest(name, 0, tensor) for name, tensor in tensors))
+
+
+def partial_digest(name: str, flat_offset: int, tensor: torch.Tensor) -> Partial:
+    """The part of tensor `name` that `tensor` holds: n consecutive elements from flat index `flat_offset` on.
+
+    `tensor` may have any shape, stride and device.
+    """
+    bits = _bits(tensor)
+    k1, k2 = _keys(name, tensor.dtype)
+    n = bits.numel()
+    size = min(n, _CHUNK if bits.device.type == "cpu" else 1 << 24)
+    ramp = torch.arange(size, dtype=torch.int64, device=bits.device).mul_(_signed(_PHI))
+    scratch = _Scratch(size, bits.device)
+    first = second = 0
+    for start in range(0, n, size or 1):
+        part = bits[start : start + size]
+        base = _signed(k1 + (flat_offset + start) * _PHI)
+        key = torch.add(ramp[: part.numel()], base, out=scratch.x[: part.numel()])
+        a, b = _mix(part, key, k2, scratch)
+        first, second = first + a, second + b
+    return Partial(first % _WORD, second % _WORD)
+
+
+def elements_digest(name: str, index: torch.Tensor, values: torch.Tensor) -> Partial:
+    """The part of any n elements of tensor `name`: flat `index` [n] int64 in the whole tensor, `values` [n].
+
+    For shards that are not consecutive, and for incremental updates.
+    """
+    if index.numel() != values.numel():
+        raise ValueError(f"digest of {name}: {index.numel()} indices for {values.numel()} values")
+    if values.numel() == 0:
+        return Partial(0, 0)
+    k1, k2 = _keys(name, values.dtype)
+    key = index.reshape(-1).to(torch.int64).mul(_signed(_PHI)).add_(_signed(k1))
+    first, second = _mix(_bits(values), key, k2, _Scratch(key.numel(), key.device))
+    return Partial(first % _WORD, second % _WORD)
+
+
+def change(name: str, index: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> Partial:
+    """What to combine with a digest when elements `index` [n] of tensor `name` go from `old` to `new` [n]."""
+    before, after = elements_digest(name, index, old), elements_digest(name, index, new)
+    return Partial((after.first - before.first) % _WORD, (after.second - before.second) % _WORD)
+
+
+def combine(parts: Iterable[Partial]) -> Partial:
+    """The digest of the union of disjoint parts, in any order."""
+    first = second = 0
+    for part in parts:
+        first, second = first + part.first, second + part.second
+    return Partial(first % _WORD, second % _WORD)
+
+
+class _Scratch:
+    """Reused buffers: allocation would cost as much as the arithmetic."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.x = torch.empty(size, dtype=torch.int64, device=device)
+        self.y = torch.empty_like(self.x)
+        self.t = torch.empty_like(self.x)
+
+
+def _mix(bits: torch.Tensor, key: torch.Tensor, k2: int, scratch: _Scratch) -> tuple[int, int]:
+    """Both lanes, summed over `bits` [n] with `key` [n] int64, which is overwritten."""
+    n = bits.numel()
+    y, t = scratch.y[:n], scratch.t[:n]
+    x = key.bitwise_xor_(bits.to(torch.int64))
+    _multiply_fold(x, _M1, 32, t)
+    torch.add(x, _signed(k2), out=y)
+    _multiply_fold(x, _M2, 29, t)
+    _multiply_fold(y, _M3, 31, t)
+    return int(x.sum()), int(y.sum())
+
+
+def _multiply_fold(x: torch.Tensor, factor: int, shift: int, t: torch.Tensor) -> None:
+    """x ← fold(x·factor) in place. Torch shifts int64 arithmetically; the mask makes the shift logical,
+    without which the fold would lose the top bit."""
+    x.mul_(_signed(factor))
+    torch.bitwise_right_shift(x, shift, out=t)
+    x.bitwise_xor_(t.bitwise_and_((1 << (64 - shift)) - 1))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bit patterns [n] as signed integers of the element's width."""
+    flat = tensor.detach().reshape(-1)
+    if flat.is_complex():
+        raise TypeError("digest: complex tensors are not supported; pass torch.view_as_real(tensor)")
+    return flat.contiguous().view(_VIEWS[flat.element_size()])
+
+
+def _keys(name: str, dtype: torch.dtype) -> tuple[int, int]:
+    raw = hashlib.blake2b(f"{dtype}\x1f{name}".encode(), digest_size=16).digest()
+    return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
+
+
+def _signed(value: int) -> int:
+    """The value mod 2⁶⁴ as torch's signed int64."""
+    value %= _WORD
+    return value - _WORD if value >= _WORD >> 1 else value

@@ -1,0 +1,101 @@
+"""Light learner ranks and engines with real weights, for tests of publications.
+
+They keep the promises of the real ones: an engine fetches beside the weights in use, adopts a whole version
+at once, and answers with digests of what it really holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+import torch
+
+from treadle.actors.broadcast.buckets import unpack
+from treadle.actors.broadcast.outgoing import Outgoing
+from treadle.actors.broadcast.transports import fetch
+from treadle.kernels.digest import state_digest
+from treadle.platform.errors import BroadcastError
+from treadle.platform.records import WeightManifest, WeightVersion
+
+
+def weights(step: int, tensors: int = 4, size: int = 200) -> dict[str, torch.Tensor]:
+    """The weights of version `step`: different in every element from every other version's."""
+    return {f"layer{i}.weight": torch.full((size,), float(step * 1000 + i)) for i in range(tensors)}
+
+
+class FakeRank:
+    """Rank 0 offers, the others only take part."""
+
+    def __init__(self, rank: int, tensors: int = 4, size: int = 200) -> None:
+        self.rank = rank
+        self.calls = 0
+        self.tensors, self.size = tensors, size
+
+    def publish(self, step: int, outgoing: Outgoing) -> tuple[WeightManifest, object] | None:
+        self.calls += 1
+        if self.rank != 0:
+            return None
+        return outgoing.offer(weights(step, self.tensors, self.size).items(), step)
+
+
+class FakeEngine:
+    """Serves `weights`; `slow_s` delays staging, `spoil` makes its loader change an element on adoption."""
+
+    def __init__(self, name: str = "engine", slow_s: float = 0.0, spoil: int = 0) -> None:
+        self.name = name
+        self.slow_s = slow_s
+        self.spoil = spoil
+        self.weights: Mapping[str, torch.Tensor] = weights(0)
+        self.version = WeightVersion(step=0)
+        self._staged: tuple[WeightManifest, Mapping[str, torch.Tensor]] | None = None
+
+    def stage(self, manifest: WeightManifest, ticket: object) -> str:
+        time.sleep(self.slow_s)
+        staged = dict(unpack(manifest, fetch(manifest, ticket, deadline_s=20.0)))
+        self._staged = (manifest, staged)
+        return state_digest(staged.items())
+
+    def flip(self, version: WeightVersion) -> str:
+        if self._staged is None or self._staged[0].version != version:
+            raise BroadcastError(f"{self.name}: version {version.step} is not staged.")
+        self.weights = {name: tensor.clone() for name, tensor in self._staged[1].items()}
+        self.version = version
+        if self.spoil:
+            self.spoil -= 1
+            next(iter(self.weights.values()))[0] += 1
+        return state_digest(self.weights.items())
+
+    def serves(self) -> tuple[int, set[int]]:
+        """The version it claims, and the versions its tensors really come from."""
+        steps = {int(v) // 1000 for tensor in self.weights.values() for v in tensor.unique()}
+        return self.version.step, steps
+
+
+class InProcessRank:
+    """A rank as the coordinator sees it, without Ray."""
+
+    def __init__(self, rank: FakeRank, outgoing: Outgoing) -> None:
+        self.rank, self.outgoing = rank, outgoing
+
+    async def publish(self, step: int) -> tuple[WeightManifest, object] | None:
+        return self.rank.publish(step, self.outgoing)
+
+
+class InProcessEngine:
+    """An engine as the coordinator sees it, without Ray; `frozen` makes it never answer."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.frozen = False
+        self.stages = 0
+
+    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
+        self.stages += 1
+        if self.frozen:
+            await asyncio.Event().wait()
+        return await asyncio.to_thread(self.engine.stage, manifest, ticket)
+
+    async def flip(self, version: WeightVersion) -> str:
+        return await asyncio.to_thread(self.engine.flip, version)

@@ -1,0 +1,259 @@
+"""The pool without Ray: routing, replacement, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.actors.rollout.tiny_models import issue
+from tests.fakes import FakeEngine, LocalWorker, local_launch, weights_of
+
+from treadle.actors.rollout.config import RolloutConfig
+from treadle.actors.rollout.handles import WorkerHandle
+from treadle.actors.rollout.pool import RolloutPool
+from treadle.platform.errors import DataError, DeadlineError, RolloutError
+from treadle.platform.records import Group, WeightVersion
+
+
+class Bench:
+    """A started pool over local workers with fake engines."""
+
+    def __init__(self, step_s: float = 0.0, **changes: Any) -> None:
+        plain = {"workers": 2, "slots": 16, "max_context_tokens": 64, "heartbeat_s": 0.05}
+        self.config = RolloutConfig(
+            **(plain | {"silence_deadline_s": 0.5, "draw_deadline_s": 10.0} | changes)
+        )
+        self.config.check()
+        self.workers: list[LocalWorker] = []
+        self.engines: list[FakeEngine] = []
+        self.step_s = step_s
+        self.fail_at_step = -1
+
+    def build(self, config: RolloutConfig, _: str, version: WeightVersion) -> FakeEngine:
+        self.engines.append(FakeEngine(config, version, self.step_s))
+        self.engines[-1].fail_at_step = self.fail_at_step
+        return self.engines[-1]
+
+    def run(self, use: Callable[[RolloutPool], Awaitable[None]]) -> None:
+        async def go() -> None:
+            pool = RolloutPool(self.config, local_launch(self.config, self.build, self.workers))
+            await pool.start("folder")
+            try:
+                await asyncio.wait_for(use(pool), 25)
+            finally:
+                pool.close()
+
+        asyncio.run(go())
+
+    async def until_drawing(self) -> None:
+        while not any(engine.steps for engine in self.engines):
+            await asyncio.sleep(0.002)
+
+
+async def tokens_of(group: Awaitable[object]) -> list[list[int]]:
+    record = await group
+    assert isinstance(record, Group)
+    return [sample.token_ids.tolist() for sample in record.samples]
+
+
+def test_draws_spread_over_the_least_loaded_workers() -> None:
+    bench = Bench(step_s=0.002)
+
+    async def use(pool: RolloutPool) -> None:
+        drawn = await asyncio.gather(*(pool.draw(issue(f"p{n}")) for n in range(8)))
+        assert [d.id for d in drawn] == [f"test/p{n}" for n in range(8)]
+        assert [len(w.drawn_ids) for w in bench.workers] == [4, 4]
+
+    bench.run(use)
+
+
+def test_a_killed_workers_issues_are_drawn_again_with_the_same_samples() -> None:
+    calm, rough = Bench(), Bench(step_s=0.01)
+    expected: dict[str, list[list[int]]] = {}
+    issues = [issue(f"p{n}", max_new_tokens=40) for n in range(6)]
+
+    async def undisturbed(pool: RolloutPool) -> None:
+        for one in issues:
+            expected[one.id] = await tokens_of((await pool.draw(one)).group)
+
+    async def disturbed(pool: RolloutPool) -> None:
+        drawing = [asyncio.create_task(pool.draw(one)) for one in issues]
+        await rough.until_drawing()
+        rough.workers[0].kill()
+        drawn = await asyncio.gather(*drawing)
+        assert {d.id: await tokens_of(d.group) for d in drawn} == expected
+        assert pool.restarts == 1
+
+    calm.run(undisturbed)
+    rough.run(disturbed)
+
+
+def test_a_failed_engine_is_replaced() -> None:
+    bench = Bench(workers=1)
+    bench.fail_at_step = 2
+
+    async def use(pool: RolloutPool) -> None:
+        bench.fail_at_step = -1  # only the first engine fails
+        drawn = await pool.draw(issue("a", max_new_tokens=40))
+        assert drawn.id == "test/a"
+        assert pool.restarts == 1
+
+    bench.run(use)
+
+
+def test_the_first_cause_is_named_when_the_budget_is_spent() -> None:
+    bench = Bench(workers=1, max_restarts=2)
+    bench.fail_at_step = 2
+
+    async def use(pool: RolloutPool) -> None:
+        with pytest.raises(
+            RolloutError, match=r"3 workers failed .*first cause: worker rollout-0.*out of memory"
+        ):
+            await pool.draw(issue("a", max_new_tokens=40))
+        with pytest.raises(RolloutError, match="first cause"):
+            await pool.draw(issue("b"))
+
+    bench.run(use)
+
+
+def test_a_silent_worker_is_replaced_and_its_draw_repeated() -> None:
+    bench = Bench(step_s=0.01, workers=1)
+
+    async def use(pool: RolloutPool) -> None:
+        bench.step_s = 0.0
+        bench.workers[0].frozen = True
+        bench.engines[0]._step_s = 3600.0
+        drawing = asyncio.create_task(pool.draw(issue("a", max_new_tokens=40)))
+        assert (await drawing).id == "test/a"
+        assert len(bench.workers) == 2
+
+    # The frozen engine's thread is a daemon and sleeps on.
+    bench.run(use)
+
+
+def test_an_engine_that_stands_still_is_replaced_although_its_worker_answers() -> None:
+    bench = Bench(workers=1)
+
+    async def use(pool: RolloutPool) -> None:
+        bench.engines[0]._step_s = 3600.0
+        assert (await pool.draw(issue("a"))).id == "test/a"
+        assert len(bench.workers) == 2
+
+    bench.run(use)
+
+
+def test_a_replacement_draws_only_after_it_caught_up() -> None:
+    bench = Bench(step_s=0.005, workers=1)
+    order: list[str] = []
+
+    async def use(pool: RolloutPool) -> None:
+        async def catch_up(name: str, worker: WorkerHandle) -> None:
+            assert isinstance(worker, LocalWorker)
+            await asyncio.sleep(0.2)
+            engine = bench.engines[-1]
+            version = WeightVersion(step=4)
+            await asyncio.wrap_future(
+                worker.worker._loop.adopt(version, lambda e: e.adopt(version, iter(weights_of(2.0).items())))
+            )
+            assert not worker.drawn_ids
+            assert engine.steps == 0
+            order.append(name)
+
+        pool.catch_up = catch_up
+        bench.workers[0].kill()
+        drawn = await pool.draw(issue("a", step=4))
+        assert order == ["rollout-0"]
+        assert drawn.oldest.step == 4
+
+    bench.run(use)
+
+
+def test_a_worker_left_behind_gets_no_draws_that_need_newer_weights() -> None:
+    bench = Bench()
+
+    async def use(pool: RolloutPool) -> None:
+        version = WeightVersion(step=1)
+        ahead = bench.workers[1].worker._loop
+        await asyncio.wrap_future(
+            ahead.adopt(version, lambda e: e.adopt(version, iter(weights_of(2.0).items())))
+        )
+        drawn = await asyncio.gather(*(pool.draw(issue(f"p{n}", step=1)) for n in range(6)))
+        assert {d.worker for d in drawn} == {"rollout-1"}
+        assert {d.oldest.step for d in drawn} == {1}
+        pool.max_lag_steps = 1
+        await asyncio.sleep(0.1)  # a refusal keeps draws away for a moment
+        drawn = await asyncio.gather(*(pool.draw(issue(f"q{n}", step=1)) for n in range(6)))
+        assert {d.worker for d in drawn} == {"rollout-0", "rollout-1"}
+
+    bench.run(use)
+
+
+def test_a_draw_past_its_deadline_names_where_it_was() -> None:
+    bench = Bench(workers=1, step_s=0.05, draw_deadline_s=0.3)
+
+    async def use(pool: RolloutPool) -> None:
+        with pytest.raises(DeadlineError, match=r"test/a \(prompt a, version 0\).*in flight on rollout-0"):
+            await pool.draw(issue("a", max_new_tokens=50, temperature=0.0))
+        with pytest.raises(DeadlineError, match=r"Refused before: .* holds version 0, test/b needs 9"):
+            await pool.draw(issue("b", step=9))
+
+    bench.run(use)
+
+
+def test_a_prompt_that_does_not_fit_is_the_callers_error_and_costs_no_worker() -> None:
+    bench = Bench()
+
+    async def use(pool: RolloutPool) -> None:
+        with pytest.raises(DataError, match="prompt long"):
+            await pool.draw(issue("long", prompt="1" * 60))
+        assert pool.restarts == 0
+
+    bench.run(use)
+
+
+def test_every_worker_answers_the_probe_and_a_dead_one_is_left_out() -> None:
+    bench = Bench()
+
+    async def use(pool: RolloutPool) -> None:
+        sequences = [np.array([1, 2, 3], dtype=np.int32), np.array([4, 5], dtype=np.int32)]
+        found = await pool.logprobs(sequences)
+        assert set(found) == {"rollout-0", "rollout-1"}
+        assert all(values.shape == (3,) for values in found.values())
+        bench.workers[0].kill()
+        assert set(await pool.logprobs(sequences)) == {"rollout-1"}
+
+    bench.run(use)
+
+
+def test_all_workers_switch_to_another_model() -> None:
+    bench = Bench()
+
+    async def use(pool: RolloutPool) -> None:
+        await pool.load("next", WeightVersion(step=3))
+        drawn = await pool.draw(issue("a", step=3))
+        assert drawn.newest.step == 3
+        assert len(bench.engines) == 4
+
+    bench.run(use)
+
+
+def test_a_worker_that_never_starts_is_a_deadline_error() -> None:
+    bench = Bench(start_deadline_s=0.2)
+    build = bench.build
+
+    def slow(config: RolloutConfig, folder: str, version: WeightVersion) -> FakeEngine:
+        import time
+
+        time.sleep(1.0)
+        return build(config, folder, version)
+
+    bench.build = slow  # type: ignore[method-assign]
+
+    async def use(pool: RolloutPool) -> None:
+        raise AssertionError("the pool must not start")
+
+    with pytest.raises(DeadlineError, match=r"rollout/start: worker rollout-\d did not answer within 0.2 s"):
+        bench.run(use)

@@ -1,0 +1,198 @@
+"""The client of the pool, over real process pools in this process, with actors that die, hang or lie."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from tests.actors.verify.pool_helpers import ODD, children, odd_config, statuses
+
+from treadle.actors.verify.asked import JudgeRequest
+from treadle.actors.verify.client import ActorLostError, VerifierPool
+from treadle.actors.verify.config import VerifyConfig
+from treadle.actors.verify.pool import ProcessPool
+from treadle.platform.contracts import Verifiers
+from treadle.platform.errors import VerifierError
+from treadle.platform.records import Drawn, Json, Prompt, StopReason, Verdict, WeightVersion
+
+T = TypeVar("T")
+
+
+class LocalHandle:
+    """A process pool in place of an actor. `kill` is abrupt for callers: they learn that it is gone."""
+
+    def __init__(self, config: VerifyConfig) -> None:
+        self.pool = ProcessPool(config)
+        self.gone = asyncio.Event()
+        self.hangs = False
+        self.asked = 0
+
+    async def judge(self, request: JudgeRequest, texts: object) -> tuple[Verdict, ...]:
+        self.asked += 1
+        assert isinstance(texts, tuple)
+        return await self._unless_gone(self.pool.judge(request, texts))
+
+    async def ping(self) -> None:
+        await self._unless_gone(asyncio.sleep(0))
+
+    def kill(self) -> None:
+        self.gone.set()
+
+    async def _unless_gone(self, call: Awaitable[T]) -> T:
+        answer = asyncio.ensure_future(call)
+        gone = asyncio.ensure_future(self.gone.wait())
+        try:
+            if self.hangs:
+                await gone
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if self.gone.is_set():
+                raise ActorLostError("verify: the actor is gone.")
+            return await answer
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+
+def drawn(*texts: str, verifier: str = "odd", **payload: Json) -> Drawn:
+    version = WeightVersion(step=0)
+    return Drawn(
+        id="grpo/3",
+        prompt=Prompt(
+            id="p", text="?", token_ids=np.array([1], np.int32), verifier=verifier, payload=payload
+        ),
+        group=None,
+        texts=texts,
+        lengths=(1,) * len(texts),
+        stops=(StopReason.EOS,) * len(texts),
+        oldest=version,
+        newest=version,
+        worker="w",
+        wall_s=0.0,
+    )
+
+
+def with_client(config: VerifyConfig, body: Callable[[VerifierPool, list[LocalHandle]], Awaitable[T]]) -> T:
+    handles: list[LocalHandle] = []
+
+    async def spawn(index: int) -> LocalHandle:
+        assert 0 <= index < config.actors
+        handle = LocalHandle(config)
+        await handle.pool.start()
+        handles.append(handle)
+        return handle
+
+    async def main() -> T:
+        async with asyncio.timeout(60):
+            client = VerifierPool(config, spawn)
+            await client.start()
+            try:
+                return await body(client, handles)
+            finally:
+                await client.close()
+                for handle in handles:
+                    await handle.pool.close()
+                assert children() == []
+
+    return asyncio.run(main())
+
+
+def test_groups_are_spread_over_the_actors() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> list[int]:
+        assert isinstance(client, Verifiers)
+        answers = await asyncio.gather(*(client.judge(drawn("sleep 0.1", "ok")) for _ in range(8)))
+        assert all(statuses(answer) == ["scored", "scored"] for answer in answers)
+        return [handle.asked for handle in handles]
+
+    assert with_client(odd_config(actors=2), body) == [4, 4]
+
+
+def test_a_group_whose_actor_dies_is_judged_by_its_replacement() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> tuple[Verdict, ...]:
+        waiting = [asyncio.create_task(client.judge(drawn("sleep 0.3", "ok"))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        handles[0].kill()
+        answers = await asyncio.gather(*waiting)
+        assert len(handles) == 2
+        assert all(statuses(answer) == ["scored", "scored"] for answer in answers)
+        assert statuses(await client.judge(drawn("ok"))) == ["scored"]
+        assert client.stats().scored == 7
+        return answers[0]
+
+    with_client(odd_config(), body)
+
+
+def test_with_the_respawns_used_up_groups_fail_and_later_calls_raise() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        for round_ in range(2):
+            handles[round_].kill()
+            verdicts = await client.judge(drawn("ok", "ok"))
+            assert statuses(verdicts) == (["scored"] * 2 if round_ == 0 else ["failed"] * 2)
+        assert all(np.isnan(verdict.reward) for verdict in verdicts)
+        assert "grpo/3" in verdicts[0].detail
+        with pytest.raises(VerifierError, match=r"no verify actor is left after 1 respawns.*verify.respawns"):
+            await client.judge(drawn("ok"))
+
+    with_client(odd_config(respawns=1), body)
+
+
+def test_the_deadline_gives_timed_out_verdicts_and_keeps_an_actor_that_answers() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        began = time.monotonic()
+        verdicts = await client.judge(drawn(*["sleep 0.4"] * 20))
+        assert time.monotonic() - began < 3.0
+        assert statuses(verdicts) == ["timed_out"] * 20
+        assert "verify.judge_deadline_s=1.5" in verdicts[0].detail
+        await asyncio.sleep(0.1)
+        assert len(handles) == 1
+
+    with_client(odd_config(judge_deadline_s=1.5), body)
+
+
+def test_an_actor_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.actors.verify.client.PING_DEADLINE_S", 0.3)
+
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        handles[0].hangs = True
+        assert statuses(await client.judge(drawn("ok"))) == ["timed_out"]
+        async with asyncio.timeout(10):
+            while len(handles) < 2:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
+        assert statuses(await client.judge(drawn("ok"))) == ["scored"]
+
+    with_client(odd_config(judge_deadline_s=1.2), body)
+
+
+def test_a_mistake_in_the_call_is_failed_verdicts_and_no_lost_actor() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        broken = drawn("ok", "ok")
+        object.__setattr__(broken, "texts", ("ok",))
+        verdicts = await client.judge(broken)
+        assert statuses(verdicts) == ["failed", "failed"]
+        assert "1 completions, 2 stops" in verdicts[0].detail
+        assert len(handles) == 1
+
+    with_client(odd_config(), body)
+
+
+def test_an_actor_that_cannot_start_stops_the_start_and_ends_the_others() -> None:
+    started: list[LocalHandle] = []
+
+    async def spawn(index: int) -> LocalHandle:
+        if index == 1:
+            raise VerifierError("verify, start: no room.")
+        started.append(LocalHandle(odd_config()))
+        return started[-1]
+
+    async def main() -> None:
+        await VerifierPool(odd_config(actors=3), spawn).start()
+
+    with pytest.raises(VerifierError, match="no room"):
+        asyncio.run(main())
+    assert [handle.gone.is_set() for handle in started] == [True, True]
+
+
+def test_the_odd_verifiers_are_known_to_the_configuration() -> None:
+    assert set(odd_config().custom) == set(ODD)

@@ -1,0 +1,150 @@
+"""A separately started, token-protected Ray cluster of two simulated nodes, for tests that attach or submit.
+
+Every node is a process group of its own; closing ends exactly these processes and whatever they have started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningCluster:
+    """Where it listens and what it accepts."""
+
+    address: str  # of the GCS, for attaching
+    dashboard: str  # for submitting
+    token: str
+    folder: Path
+
+    def environment(self, token: str | None = None) -> dict[str, str]:
+        """The environment of a process that uses the cluster; another or no token ("") on request."""
+        env = clean_environment(self.folder)
+        given = self.token if token is None else token
+        return {**env, **({"RAY_AUTH_TOKEN": given} if given else {})}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One simulated node."""
+
+    cpus: int = 4
+    gpus: int = 0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+HEAD = Node(labels={"ray.io/node-group": "head"})
+SECOND = Node(gpus=2, labels={"ray.io/node-group": "rollout", "ray.io/accelerator-type": "H100"})
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """This process's environment without anything Ray's, and with a home that holds no token."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TREADLE_"))}
+    env.update(HOME=str(home), RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+    env["PATH"] = f"{BIN}{os.pathsep}{env.get('PATH', '')}"
+    return env
+
+
+@contextlib.contextmanager
+def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[RunningCluster]:
+    """Starts head (with dashboard) and second node; ready when both are alive."""
+    folder = Path(tempfile.mkdtemp(prefix="trc", dir="/tmp"))
+    port, dashboard_port = free_ports(2)
+    token = secrets.token_hex(32)
+    cluster = RunningCluster(
+        address=f"127.0.0.1:{port}",
+        dashboard=f"http://127.0.0.1:{dashboard_port}",
+        token=token,
+        folder=folder,
+    )
+    env = {**cluster.environment(), "RAY_AUTH_MODE": "token"}
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        first = [
+            "--head",
+            f"--port={port}",
+            f"--dashboard-port={dashboard_port}",
+            "--dashboard-host=127.0.0.1",
+        ]
+        first += ["--ray-client-server-port=0", f"--temp-dir={folder}/ray", "--include-dashboard=true"]
+        started.append(_start(head, first, env, folder / "head.log"))
+        _wait_for(cluster, 1, started, folder)
+        started.append(_start(second, [f"--address={cluster.address}"], env, folder / "second.log"))
+        _wait_for(cluster, 2, started, folder)
+        yield cluster
+    finally:
+        for process in reversed(started):
+            _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _start(node: Node, arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", "--object-store-memory=150000000"]
+    if node.resources:
+        command.append(f"--resources={json.dumps(dict(node.resources))}")
+    if node.labels:
+        command.append("--labels=" + ",".join(f"{key}={value}" for key, value in node.labels.items()))
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [*command, *arguments], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _wait_for(
+    cluster: RunningCluster, nodes: int, started: list[subprocess.Popen[bytes]], folder: Path
+) -> None:
+    """Asks the dashboard how many nodes are alive."""
+    import urllib.request
+
+    request = urllib.request.Request(f"{cluster.dashboard}/nodes?view=summary")
+    request.add_header("Authorization", f"Bearer {cluster.token}")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                summary = json.load(answer)["data"]["summary"]
+            if sum(node["raylet"].get("state") == "ALIVE" for node in summary) >= nodes:
+                return
+        if any(process.poll() is not None for process in started):
+            break
+        time.sleep(0.3)
+    logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log"))
+    raise AssertionError(f"the cluster did not come up with {nodes} nodes:\n{logs}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the node: the process started here and its descendants, by id."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=10)
+    process.wait(timeout=10)

@@ -1,0 +1,232 @@
+"""`contracts.Broadcast` over real Ray: coordinator, learner ranks and engines are processes that can be
+killed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from tests.actors.broadcast.broadcast_fakes import FakeEngine, FakeRank
+from tests.actors.broadcast.test_probe import UnigramScorer
+
+from treadle.actors.broadcast.actor import CoordinatorActor
+from treadle.actors.broadcast.client import Broadcaster
+from treadle.actors.broadcast.config import BroadcastConfig
+from treadle.actors.broadcast.outgoing import Outgoing
+from treadle.actors.broadcast.probe import Probe, probe_sequences
+from treadle.platform.contracts import Broadcast
+from treadle.platform.errors import BroadcastError, DeadlineError, MismatchError
+from treadle.platform.failpoints import failpoint
+from treadle.platform.metric_names import MISMATCH_MAX
+from treadle.platform.records import WeightManifest, WeightVersion
+
+pytestmark = pytest.mark.ray
+
+CONFIG = BroadcastConfig(
+    bucket_bytes=1 << 20, gather_deadline_s=60, stage_deadline_s=20, flip_deadline_s=20, probe_every=0
+)
+
+
+@ray.remote(num_cpus=0)
+class Rank(FakeRank):
+    def publish(self, step: int, outgoing: Outgoing) -> Any:
+        return super().publish(step, outgoing)
+
+
+@ray.remote(num_cpus=0)
+class Engine(FakeEngine):
+    def stage(self, manifest: WeightManifest, ticket: object) -> str:
+        return super().stage(manifest, ticket)
+
+    def flip(self, version: WeightVersion) -> str:
+        failpoint("rollout.before_flip")
+        return super().flip(version)
+
+    def serves(self) -> tuple[int, set[int]]:
+        return super().serves()
+
+    def set_slow(self, slow_s: float) -> None:
+        self.slow_s = slow_s
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class Loom:
+    """Two ranks of a model of demo size, two engines, the coordinator and its client."""
+
+    def __init__(
+        self, config: BroadcastConfig = CONFIG, probe: Probe | None = None, faults: str = ""
+    ) -> None:
+        env = {"env_vars": {"TREADLE_FAILPOINTS": faults}} if faults else None
+        self.ranks = [Rank.remote(rank, tensors=26, size=128 * 128) for rank in range(2)]
+        doomed = Engine.options(runtime_env=env) if env else Engine
+        self.engines = {"rollout-0": Engine.remote("rollout-0"), "rollout-1": doomed.remote("rollout-1")}
+        self.coordinator = CoordinatorActor.remote(config, self.ranks, self.engines)
+        self.client = Broadcaster(self.coordinator, config, probe)
+        ray.get([engine.pid.remote() for engine in self.engines.values()], timeout=120)
+
+    def serves(self, name: str) -> tuple[int, set[int]]:
+        return ray.get(self.engines[name].serves.remote(), timeout=60)
+
+    def close(self) -> None:
+        for handle in (*self.ranks, *self.engines.values(), self.coordinator):
+            ray.kill(handle)
+
+
+@pytest.fixture(scope="module")
+def loom(ray_session: None) -> Iterator[Loom]:
+    """Shared by the tests that leave it whole."""
+    loom = Loom()
+    yield loom
+    loom.close()
+
+
+def test_the_client_keeps_the_protocol_and_reaches_every_engine(loom: Loom) -> None:
+    assert isinstance(loom.client, Broadcast)
+    report = asyncio.run(loom.client.publish(1))
+    assert report.adopted == ("rollout-0", "rollout-1")
+    assert loom.serves("rollout-0") == loom.serves("rollout-1") == (1, {1})
+    assert loom.client.version == report.version
+    assert report.sent_bytes == pytest.approx(2 * 26 * 128 * 128 * 4, rel=0.01)
+
+
+def test_a_publication_of_demo_size_is_quick(loom: Loom) -> None:
+    async def best() -> float:
+        await loom.client.register()
+        walls = []
+        for step in range(1, 8):
+            start = time.perf_counter()
+            await loom.client.publish(step)
+            walls.append(time.perf_counter() - start)
+        return min(walls)
+
+    wall_s = asyncio.run(best())
+    print(f"publication of 1.7 MB to 2 engines: {wall_s * 1e3:.1f} ms")
+    assert wall_s < 0.25, "40 ms on two idle cores; this bound is for a crowded machine"
+
+
+def test_an_older_step_is_refused_and_a_new_publisher_takes_over(loom: Loom) -> None:
+    async def scenario() -> None:
+        await loom.client.register()
+        await loom.client.publish(9)
+        with pytest.raises(BroadcastError, match="older than the published 9"):
+            await loom.client.publish(8)
+        successor = Broadcaster(loom.coordinator, CONFIG)
+        assert (await successor.publish(3)).behind == ()
+        with pytest.raises(BroadcastError, match="was replaced by publisher"):
+            await loom.client.publish(10)
+
+    asyncio.run(scenario())
+    assert loom.serves("rollout-0") == (3, {3})
+
+
+def test_a_probe_that_disagrees_stops_the_run_and_one_that_agrees_is_reported(loom: Loom) -> None:
+    def client(shift: float) -> Broadcaster:
+        probe = Probe(
+            rollouts=UnigramScorer({"rollout-0": 0.0, "rollout-1": shift}),
+            learner=UnigramScorer({"learner": 0.0}),
+            sequences=probe_sequences(40, 2, 8),
+            limit=1e-3,
+        )
+        return Broadcaster(loom.coordinator, dataclasses.replace(CONFIG, probe_every=2), probe)
+
+    async def scenario() -> None:
+        agreeing = client(1e-4)
+        reports = [await agreeing.publish(step) for step in (1, 2, 3)]
+        assert [MISMATCH_MAX in report.metrics for report in reports] == [True, False, True]
+        assert reports[0].metrics[MISMATCH_MAX] == pytest.approx(1e-4, rel=0.1)
+        with pytest.raises(MismatchError, match="engine rollout-1"):
+            await client(0.2).publish(4)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_killed_between_the_phases_is_left_behind_and_its_successor_catches_up(
+    ray_session: None,
+) -> None:
+    loom = Loom(faults="rollout.before_flip=kill@2")
+
+    async def scenario() -> None:
+        assert (await loom.client.publish(1)).behind == ()
+        report = await loom.client.publish(2)
+        assert (report.adopted, report.behind) == (("rollout-0",), ("rollout-1",))
+        assert loom.serves("rollout-0") == (2, {2})
+        assert (
+            "rollout-1" not in await loom.client.held() or (await loom.client.held())["rollout-1"].step == 1
+        )
+        loom.engines["rollout-1"] = Engine.remote("rollout-1")
+        version = await loom.client.catch_up("rollout-1", loom.engines["rollout-1"])
+        assert version == report.version
+        assert loom.serves("rollout-1") == (2, {2})
+        assert (await loom.client.publish(3)).behind == ()
+
+    asyncio.run(scenario())
+    assert loom.serves("rollout-0") == loom.serves("rollout-1") == (3, {3})
+    loom.close()
+
+
+def test_a_slow_engine_keeps_its_version_and_a_corrupted_one_fetches_again(ray_session: None) -> None:
+    config = dataclasses.replace(CONFIG, stage_deadline_s=3.0)
+    loom = Loom(config, faults="broadcast.in_transit=corrupt@2")
+
+    async def scenario() -> None:
+        assert (await loom.client.publish(1)).behind == ()
+        assert (await loom.client.publish(2)).behind == (), "corrupted once, fetched again"
+        ray.get(loom.engines["rollout-0"].set_slow.remote(6.0))
+        report = await loom.client.publish(3)
+        assert (report.adopted, report.behind) == (("rollout-1",), ("rollout-0",))
+        assert loom.serves("rollout-1") == (3, {3})
+        assert loom.serves("rollout-0") == (2, {2}), "what it staged too late it must not serve"
+        ray.get(loom.engines["rollout-0"].set_slow.remote(0.0))
+        assert (await loom.client.publish(4)).behind == ()
+
+    asyncio.run(scenario())
+    assert loom.serves("rollout-0") == loom.serves("rollout-1") == (4, {4})
+    loom.close()
+
+
+def test_no_engine_a_dead_rank_and_a_dead_coordinator_are_errors(ray_session: None) -> None:
+    loom = Loom()
+
+    async def scenario() -> None:
+        await loom.client.publish(1)
+        for engine in loom.engines.values():
+            os.kill(ray.get(engine.pid.remote()), signal.SIGKILL)
+        with pytest.raises(BroadcastError, match="no engine adopted version 2"):
+            await loom.client.publish(2)
+        ray.kill(loom.ranks[1])
+        with pytest.raises(BroadcastError, match="learner rank 1 could not offer version 2"):
+            await loom.client.publish(2)
+        ray.kill(loom.coordinator)
+        with pytest.raises(BroadcastError, match="the weight coordinator has died"):
+            await loom.client.publish(3)
+
+    asyncio.run(scenario())
+    ray.kill(loom.ranks[0])
+
+
+def test_a_coordinator_that_does_not_answer_is_given_up(ray_session: None) -> None:
+    @ray.remote(num_cpus=0)
+    class Frozen:
+        def register(self) -> int:
+            return 1
+
+        def publish(self, step: int, token: int) -> None:
+            time.sleep(3600)
+
+    config = dataclasses.replace(CONFIG, gather_deadline_s=0.1, stage_deadline_s=0.1, flip_deadline_s=0.1)
+    frozen = Frozen.remote()
+    client = Broadcaster(frozen, config)
+    start = time.monotonic()
+    with pytest.raises(DeadlineError, match="did not answer within"):
+        asyncio.run(client.publish(1))
+    assert time.monotonic() - start < 60
+    ray.kill(frozen)

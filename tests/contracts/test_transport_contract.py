@@ -1,0 +1,211 @@
+"""What every transport must do, run on every one of them between real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import ray
+import torch
+from numpy.typing import NDArray
+
+from treadle.actors.broadcast.buckets import pack
+from treadle.actors.broadcast.gloo import GlooTicket, GlooTransport
+from treadle.actors.broadcast.object_store import ObjectStoreTicket, ObjectStoreTransport
+from treadle.actors.broadcast.transports import TRANSPORTS, build, fetch
+from treadle.platform.contracts import Transport
+from treadle.platform.errors import BroadcastError, ConfigError, DeadlineError
+from treadle.platform.records import WeightManifest
+
+pytestmark = pytest.mark.ray
+
+Buckets = list[NDArray[np.uint8]]
+
+
+@ray.remote(num_cpus=0)
+class Sender:
+    def __init__(self, name: str) -> None:
+        self.transport = build(name)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def send(self, manifest: WeightManifest, buckets: Sequence[NDArray[np.uint8]]) -> object:
+        return self.transport.send(manifest, buckets)
+
+
+@ray.remote(num_cpus=0)
+class Fetcher:
+    def fetch(self, manifest: WeightManifest, ticket: object, deadline_s: float) -> Buckets:
+        return [bucket.copy() for bucket in fetch(manifest, ticket, deadline_s)]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@ray.remote(num_cpus=0)
+def never() -> NDArray[np.uint8]:
+    time.sleep(3600)
+    return np.zeros(1, np.uint8)
+
+
+@pytest.fixture(params=sorted(TRANSPORTS))
+def name(request: pytest.FixtureRequest, ray_session: None) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def fetcher(name: str) -> Iterator[ray.actor.ActorHandle]:
+    handle = Fetcher.remote()
+    yield handle
+    ray.kill(handle)
+
+
+def _version(step: int = 1) -> tuple[WeightManifest, Buckets]:
+    g = torch.Generator().manual_seed(step)
+    return pack(((f"t{i}", torch.randn(5000, generator=g)) for i in range(30)), step, bucket_bytes=150_000)
+
+
+def _same(received: Buckets, sent: Buckets) -> bool:
+    return len(received) == len(sent) and all(map(np.array_equal, received, sent))
+
+
+def _sent_by_another(name: str) -> tuple[ray.actor.ActorHandle, WeightManifest, Buckets, object]:
+    manifest, buckets = _version()
+    sender = Sender.remote(name)
+    return sender, manifest, buckets, ray.get(sender.send.remote(manifest, buckets))
+
+
+def test_it_keeps_the_protocol(name: str) -> None:
+    assert isinstance(build(name), Transport)
+
+
+def test_what_is_sent_arrives_bit_by_bit_in_another_process(
+    name: str, fetcher: ray.actor.ActorHandle
+) -> None:
+    sender, manifest, buckets, ticket = _sent_by_another(name)
+    assert len(buckets) > 3
+    assert _same(ray.get(fetcher.fetch.remote(manifest, ticket, 20.0)), buckets)
+    ray.kill(sender)
+
+
+def test_many_engines_fetch_one_version_at_once(name: str) -> None:
+    sender, manifest, buckets, ticket = _sent_by_another(name)
+    engines = [Fetcher.remote() for _ in range(3)]
+    arrived = ray.get([engine.fetch.remote(manifest, ticket, 30.0) for engine in engines])
+    assert all(_same(each, buckets) for each in arrived)
+    for handle in (*engines, sender):
+        ray.kill(handle)
+
+
+def test_a_ticket_stays_good_for_an_engine_that_comes_later(name: str) -> None:
+    sender, manifest, buckets, ticket = _sent_by_another(name)
+    for _ in range(2):
+        engine = Fetcher.remote()
+        assert _same(ray.get(engine.fetch.remote(manifest, ticket, 20.0)), buckets)
+        ray.kill(engine)
+    ray.kill(sender)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing"])
+def test_damaged_buckets_are_refused_and_named(
+    name: str, damage: str, fetcher: ray.actor.ActorHandle
+) -> None:
+    manifest, buckets = _version()
+    if damage == "missing":
+        damaged, found = buckets[:-1], "buckets arrived"
+    elif damage == "truncated":
+        damaged, found = [buckets[0], buckets[1][:-3], *buckets[2:]], r"bucket 1 \(t7.*bytes instead of"
+    else:
+        bad = buckets[2].copy()
+        bad[777] ^= 16
+        damaged, found = [*buckets[:2], bad, *buckets[3:]], r"bucket 2 \(.*CRC-32"
+    sender = Sender.remote(name)
+    ticket = ray.get(sender.send.remote(manifest, damaged))
+    with pytest.raises(BroadcastError, match=found):
+        ray.get(fetcher.fetch.remote(manifest, ticket, 20.0))
+    ray.kill(sender)
+
+
+def test_a_dead_sender_is_an_error_and_not_a_hang(name: str, fetcher: ray.actor.ActorHandle) -> None:
+    sender, manifest, _, ticket = _sent_by_another(name)
+    os.kill(ray.get(sender.pid.remote()), signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(sender.pid.remote())
+    start = time.monotonic()
+    with pytest.raises(BroadcastError, match="version 1"):
+        ray.get(fetcher.fetch.remote(manifest, ticket, 20.0))
+    assert time.monotonic() - start < 15
+
+
+def test_what_comes_too_late_is_a_deadline_error(name: str) -> None:
+    manifest, _ = _version()
+    silent = socket.create_server(("127.0.0.1", 0))
+    pending = never.remote()
+    tickets = {
+        "object_store": ObjectStoreTicket(step=1, buckets=(pending,)),
+        "gloo": GlooTicket(
+            step=1,
+            serial=1,
+            host="127.0.0.1",
+            port=silent.getsockname()[1],
+            sizes_bytes=manifest.bucket_bytes,
+        ),
+    }
+    start = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"version 1 did not arrive within 1.5 s"):
+        fetch(manifest, tickets[name], 1.5)
+    assert time.monotonic() - start < 5
+    silent.close()
+    ray.cancel(pending, force=True)
+
+
+def test_a_killed_engine_holds_up_nobody(name: str) -> None:
+    sender, manifest, buckets, ticket = _sent_by_another(name)
+    victim, survivor = Fetcher.remote(), Fetcher.remote()
+    pid = ray.get(victim.pid.remote())
+    ray.get(survivor.pid.remote())
+    hanging = victim.fetch.remote(manifest, ticket, 20.0)
+    os.kill(pid, signal.SIGKILL)
+    start = time.monotonic()
+    assert _same(ray.get(survivor.fetch.remote(manifest, ticket, 20.0)), buckets)
+    assert time.monotonic() - start < 10
+    ray.wait([hanging], timeout=10)
+    for handle in (survivor, sender):
+        ray.kill(handle)
+
+
+def test_a_foreign_ticket_is_refused(name: str) -> None:
+    with pytest.raises(BroadcastError, match=r"no .* ticket"):
+        build(name).receive("nonsense", 1.0)
+    with pytest.raises(BroadcastError, match="names no known transport"):
+        fetch(_version()[0], "nonsense", 1.0)
+
+
+def test_an_unknown_transport_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="gloo, object_store"):
+        build("carrier_pigeon")
+
+
+def test_gloo_refuses_a_ticket_whose_version_was_replaced(ray_session: None) -> None:
+    transport = GlooTransport(host="127.0.0.1")
+    manifest, buckets = _version(1)
+    old = transport.send(manifest, buckets)
+    newer = transport.send(*_version(2))
+    with pytest.raises(BroadcastError, match="newer version"):
+        transport.receive(old, 5.0)
+    assert _same(transport.receive(newer, 5.0), _version(2)[1])
+
+
+def test_the_object_store_hands_out_shared_read_only_memory(ray_session: None) -> None:
+    transport = ObjectStoreTransport()
+    manifest, buckets = _version()
+    ticket = transport.send(manifest, buckets)
+    first, second = transport.receive(ticket, 5.0), transport.receive(ticket, 5.0)
+    assert not first[0].flags.writeable
+    assert first[0].ctypes.data == second[0].ctypes.data

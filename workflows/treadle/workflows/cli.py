@@ -1,0 +1,203 @@
+"""The command line. Commands import what they need when they run, so that `treadle --help` is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from treadle.platform.errors import ConfigError, Interrupted, TreadleError
+
+app = typer.Typer(
+    name="treadle",
+    help="Train reasoning models: pretraining, SFT, GRPO, distillation, as one Ray program.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArg = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe: a YAML file or URL, or the name of a shipped one (see `treadle recipes`)."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Settings to change, dotted: stages.grpo.steps=100."),
+]
+RunArg = Annotated[Path, typer.Argument(help="A run folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout and nothing else.")]
+Address = Annotated[
+    str, typer.Option(help="A running Ray cluster as host:port; empty starts one here, for this run only.")
+]
+Folder = Annotated[
+    Path | None, typer.Option("--dir", help="The run folder; the default is runs/<recipe's name>.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Replace a run that lies in the folder already.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe, start nothing.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    folder: Folder = None,
+    address: Address = "",
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe here, on an embedded Ray, or on the cluster at --address."""
+    from treadle.workflows import commands
+
+    _finish(
+        commands.run(recipe, overrides or [], folder, address, fresh=fresh, dry_run=dry_run, as_json=as_json),
+        as_json,
+    )
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None, folder: Folder = None, fresh: Fresh = False, as_json: AsJson = False
+) -> None:
+    """Run the shipped miniature R1 (`treadle run demo`) in runs/demo."""
+    from treadle.workflows import commands
+
+    _finish(
+        commands.run("demo", overrides or [], folder, "", fresh=fresh, dry_run=False, as_json=as_json),
+        as_json,
+    )
+
+
+@app.command()
+def resume(run_folder: RunArg, address: Address = "", as_json: AsJson = False) -> None:
+    """Continue a run that was stopped or killed, from its newest committed checkpoint."""
+    from treadle.workflows import commands
+
+    _finish(commands.resume(run_folder, address, as_json=as_json), as_json)
+
+
+@app.command()
+def submit(
+    recipe: RecipeArg,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, http://host:8265.")],
+    overrides: Overrides = None,
+    folder: Annotated[
+        str, typer.Option("--dir", help="The run folder as the cluster sees it (a shared path).")
+    ] = "",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once the job is accepted.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe as a Ray job: the code is shipped as a wheel, the log is followed, the exit code is the job's.
+
+    The token is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    """
+    from treadle.workflows import commands
+
+    _finish(
+        commands.submit(recipe, overrides or [], address, folder, wait=not no_wait, as_json=as_json), as_json
+    )
+
+
+@app.command()
+def status(run_folder: RunArg, as_json: AsJson = False) -> None:
+    """Say where a run stands: state, stage, step, samples, last figures."""
+    from treadle.workflows import commands
+
+    _finish(commands.status(run_folder), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder: an artifact of a run, or an export.")],
+    recipe: Annotated[
+        str, typer.Option(help="The recipe whose held-out prompts and verifier are used.")
+    ] = "demo",
+    overrides: Overrides = None,
+    address: Address = "",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model on a recipe's held-out prompts: greedy, sampled, pass@k, confidence interval."""
+    from treadle.workflows import commands
+
+    _finish(commands.evaluate_model(model, recipe, overrides or [], address), as_json)
+
+
+@app.command()
+def export(
+    run_folder: RunArg,
+    stage: Annotated[
+        str, typer.Argument(help="Whose model; the default is the last stage that has one.")
+    ] = "",
+    to: Annotated[Path | None, typer.Option(help="Target folder; the default is RUN/export/<stage>.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a stage's model as Hugging Face safetensors, checked by reading it back."""
+    from treadle.workflows import commands
+
+    _finish(commands.export(run_folder, stage, to), as_json)
+
+
+@app.command()
+def report(run_folder: RunArg, as_json: AsJson = False) -> None:
+    """Draw RUN/report.html: one self-contained page."""
+    from treadle.workflows import commands
+
+    _finish(commands.report(run_folder), as_json)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from treadle.workflows import commands
+
+    _finish(commands.list_recipes(), as_json)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    """Prints a command's result: JSON on stdout, or its `text`."""
+    text = result.pop("text", "")
+    code = result.get("exit_code", 0)
+    if as_json:
+        print(json.dumps(result, indent=1, sort_keys=True, default=str))
+    elif text:
+        print(text)
+    if code:
+        raise typer.Exit(code)
+
+
+def _fail(error: TreadleError, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": error.message, "remedy": error.remedy, "kind": type(error).__name__}))
+    print(f"treadle: {type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Entry point. A `TreadleError` ends as one sentence on stderr and its exit code; anything else is a defect
+    and keeps its traceback."""
+    try:
+        app(standalone_mode=False)
+    except TreadleError as error:
+        _fail(error, "--json" in sys.argv)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(Interrupted("Stopped by the operator."), "--json" in sys.argv)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.TyperException as error:  # usage: an unknown command, option or argument
+        _fail(ConfigError(str(error), "See `treadle --help`."), "--json" in sys.argv)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Starts the roles and keeps them through the stages: processes are made once, models are switched."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from treadle.actors.broadcast.actor import start_coordinator
+from treadle.actors.broadcast.client import Broadcaster
+from treadle.actors.broadcast.probe import Probe, probe_sequences
+from treadle.actors.learner.config import LearnerConfig, OptimConfig
+from treadle.actors.learner.group import LearnerGroup
+from treadle.actors.learner.stepping import LearnerSpec
+from treadle.actors.rollout.actor import RayWorker, ray_launch
+from treadle.actors.rollout.handles import WorkerHandle
+from treadle.actors.rollout.pool import RolloutPool
+from treadle.actors.verify.actor import ray_verifier_pool
+from treadle.actors.verify.client import VerifierPool
+from treadle.cluster.placement import Placement, reserve
+from treadle.platform.errors import BroadcastError
+from treadle.platform.objectives.base import Objective
+from treadle.platform.records import PublishReport, RoleSpec, WeightVersion
+from treadle.workflows.recipe import Recipe
+from treadle.workflows.roles import Roles
+
+
+def engine_specs(recipe: Recipe) -> tuple[RoleSpec, ...]:
+    """What drawing and judging need of the cluster."""
+    return (recipe.rollout.role(), recipe.verify.role())
+
+
+def role_specs(recipe: Recipe) -> tuple[RoleSpec, ...]:
+    """What all roles of a recipe need of the cluster."""
+    return (*engine_specs(recipe), LearnerGroup.role(recipe.learner))
+
+
+def _rollouts(recipe: Recipe, placement: Placement, staleness: int = 0) -> RolloutPool:
+    def launch(name: str) -> WorkerHandle:
+        options = placement.options("rollout", int(name.rsplit("-", 1)[1]))
+        return ray_launch(recipe.rollout, options)(name)
+
+    return RolloutPool(recipe.rollout, launch, max_lag_steps=staleness)
+
+
+def _verifiers(recipe: Recipe, placement: Placement) -> VerifierPool:
+    return ray_verifier_pool(recipe.verify, lambda index: placement.options("verify", index))
+
+
+class _NoBroadcast:
+    """Stands for the coordinator in stages without engines."""
+
+    version = WeightVersion(step=0)
+
+    async def publish(self, step: int) -> PublishReport:
+        raise BroadcastError(f"broadcast.publish: no engines are set, so version {step} has nowhere to go.")
+
+
+class Crew:
+    """The learner starts at once; engines and verifiers when a stage needs them, or earlier in the background
+    (`start_engines`), because a first pretraining step should not wait for them.
+
+    `set_learner` and `set_engines` point the processes at a stage's model.
+    """
+
+    def __init__(self, recipe: Recipe, placement: Placement, staleness: int) -> None:
+        self._recipe, self._placement = recipe, placement
+        self._learner = LearnerGroup(
+            recipe.learner,
+            [placement.options("learner", i)["scheduling_strategy"] for i in range(recipe.learner.ranks)],
+        )
+        self._rollouts = _rollouts(recipe, placement, staleness)
+        self._verifiers = _verifiers(recipe, placement)
+        self._broadcast: Broadcaster | None = None
+        self._engines: asyncio.Task[None] | None = None
+        self._model = ""
+
+    @property
+    def roles(self) -> Roles:
+        """The roles as contracts. Publishing is possible once `set_broadcast` was called."""
+        return Roles(
+            rollouts=self._rollouts,
+            verifiers=self._verifiers,
+            learner=self._learner,
+            broadcast=self._broadcast or _NoBroadcast(),
+            ranks=self._recipe.learner.ranks,
+        )
+
+    async def start_learner(self) -> None:
+        """Raises `LearnerError` or `DeadlineError` if the ranks do not come up."""
+        await self._learner.start()
+
+    def start_engines(self, model: str) -> None:
+        """Brings engines and verifiers up in the background; `set_engines` waits for them."""
+        if self._engines is None:
+            self._model = model
+            self._engines = asyncio.create_task(self._start_engines(model), name="start engines")
+
+    async def set_learner(self, model: str, optim: OptimConfig, objective: Objective) -> None:
+        """Gives the ranks a stage's starting weights, optimizer and objective."""
+        await self._learner.setup(
+            LearnerSpec(
+                model_folder=model,
+                config=LearnerConfig(**asdict(self._recipe.learner), **asdict(optim)),
+                objective=objective,
+            )
+        )
+
+    async def set_engines(self, model: str) -> None:
+        """Points the engines at a model folder, unless they hold it already."""
+        self.start_engines(model)
+        assert self._engines is not None
+        await self._engines
+        if self._model != model:
+            await self._rollouts.load(model)
+            self._model = model
+
+    async def set_broadcast(self, model: str) -> None:
+        """A coordinator for the stage, as the only publisher, with a probe that fits the model's vocabulary."""
+        if self._broadcast is None:
+            coordinator = start_coordinator(
+                self._recipe.broadcast, self._learner.ranks, _actors(self._rollouts.workers)
+            )
+            self._broadcast = Broadcaster(coordinator, self._recipe.broadcast)
+            self._rollouts.catch_up = self._catch_up
+        self._broadcast.probe = self._probe(model)
+        await self._broadcast.register()
+
+    async def close(self) -> None:
+        """Ends all role processes and gives their place back."""
+        if self._engines is not None:
+            self._engines.cancel()
+            await asyncio.gather(self._engines, return_exceptions=True)
+        self._rollouts.close()
+        await self._verifiers.close()
+        self._learner.close()
+        self._placement.release()
+
+    async def _start_engines(self, model: str) -> None:
+        await asyncio.gather(self._rollouts.start(model), self._verifiers.start())
+
+    async def _catch_up(self, name: str, worker: WorkerHandle) -> None:
+        assert self._broadcast is not None
+        await self._broadcast.catch_up(name, _actor(worker))
+
+    def _probe(self, model: str) -> Probe:
+        config = self._recipe.broadcast
+        vocabulary = int(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
+        return Probe(
+            rollouts=self._rollouts,
+            learner=self._learner,
+            sequences=probe_sequences(vocabulary, config.probe_sequences, config.probe_tokens),
+            limit=config.probe_limit,
+        )
+
+
+async def open_crew(recipe: Recipe, staleness: int) -> Crew:
+    """Reserves the roles' places and starts the learner. Raises `PlacementError` with a diagnosis."""
+    placement = await _reserved(recipe, role_specs(recipe))
+    crew = Crew(recipe, placement, staleness)
+    try:
+        await crew.start_learner()
+    except BaseException:
+        await crew.close()
+        raise
+    return crew
+
+
+@asynccontextmanager
+async def open_engines(recipe: Recipe, model: str) -> AsyncIterator[tuple[RolloutPool, VerifierPool]]:
+    """Engines that hold a model folder, and verifiers: enough to evaluate."""
+    placement = await _reserved(recipe, engine_specs(recipe))
+    rollouts, verifiers = _rollouts(recipe, placement), _verifiers(recipe, placement)
+    try:
+        await asyncio.gather(rollouts.start(model), verifiers.start())
+        yield rollouts, verifiers
+    finally:
+        rollouts.close()
+        await verifiers.close()
+        placement.release()
+
+
+async def _reserved(recipe: Recipe, specs: Sequence[RoleSpec]) -> Placement:
+    return await asyncio.to_thread(reserve, specs, recipe.cluster.placement_deadline_s)
+
+
+def _actors(workers: Mapping[str, WorkerHandle]) -> dict[str, Any]:
+    return {name: _actor(worker) for name, worker in workers.items()}
+
+
+def _actor(worker: WorkerHandle) -> Any:
+    assert isinstance(worker, RayWorker)
+    return worker.actor

@@ -1,0 +1,54 @@
+"""From scored groups and their credit to a step's batch, dealt over the learner's ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from treadle.platform.objectives.base import GroupCredit
+from treadle.platform.records import Credit, Share, StepBatch
+from treadle.workflows.data.batches import longest_first
+from treadle.workflows.stream import Ready
+
+
+def deal_groups(
+    step: int,
+    groups: Sequence[Ready],
+    credits: Sequence[GroupCredit],
+    *,
+    ranks: int,
+    temperature: float,
+    keep_zero_advantage: bool,
+) -> StepBatch:
+    """Deals samples to ranks balanced by tokens; the shares of a group keep their order on every rank.
+
+    Samples of weight 0 are left out, and those of advantage 0 unless `keep_zero_advantage` (a KL term): they have
+    no gradient. Their tokens stay in the denominators, which the objective fixed before."""
+    samples = [
+        (len(ready.drawn.prompt.token_ids) + ready.drawn.lengths[i], g, i)
+        for g, ready in enumerate(groups)
+        for i in range(len(ready.drawn.lengths))
+        if credits[g].weights[i] != 0 and (keep_zero_advantage or credits[g].advantages[i] != 0)
+    ]
+    dealt: list[dict[int, list[tuple[int, int]]]] = []
+    for members in longest_first([tokens for tokens, _, _ in samples], ranks):
+        row: dict[int, list[tuple[int, int]]] = {}
+        for tokens, g, i in (samples[m] for m in members):
+            row.setdefault(g, []).append((i, tokens))
+        dealt.append(row)
+    return StepBatch(
+        step=step,
+        rows=tuple(tuple(_share(groups[g], credits[g], row[g]) for g in row) for row in dealt),
+        temperature=temperature,
+    )
+
+
+def _share(ready: Ready, credit: GroupCredit, members: Sequence[tuple[int, int]]) -> Share:
+    return Share(
+        group_id=ready.drawn.id,
+        group=ready.drawn.group,
+        credits=tuple(
+            Credit(sample_index=i, advantage=float(credit.advantages[i]), weight=float(credit.weights[i]))
+            for i, _ in members
+        ),
+        tokens=sum(tokens for _, tokens in members),
+    )

@@ -1,0 +1,129 @@
+"""From a recipe and a folder to a finished run: opens everything, plays the stages, closes everything."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from treadle.cluster.session import open_session
+from treadle.platform.config import flatten
+from treadle.platform.errors import ConfigError, TreadleError
+from treadle.platform.ledger import Ledger
+from treadle.platform.records import WeightVersion
+from treadle.platform.tracking import RunTracker
+from treadle.workflows.configs import DistillConfig, GrpoConfig, SftConfig
+from treadle.workflows.crew import engine_specs, open_crew, open_engines, role_specs
+from treadle.workflows.data.tokenization import load_tokenizer
+from treadle.workflows.evaluate import EvalReport, evaluate
+from treadle.workflows.folder import RunFolder, write_json
+from treadle.workflows.inputs import build_inputs, stage_inputs
+from treadle.workflows.models import check_model_folder
+from treadle.workflows.outputs import finished, record
+from treadle.workflows.recipe import Recipe
+from treadle.workflows.run import Run
+from treadle.workflows.stages import run_stage
+from treadle.workflows.summary import summarise
+
+
+@asynccontextmanager
+async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncIterator[Run]:
+    """A run with its roles, in a new folder or in one that holds a run of the same recipe.
+
+    Raises what the checks, the cluster and the roles raise; whatever ends the block, all processes are ended and
+    the folder says how the run ended. Example: `async with open_run(recipe, Path("runs/mine")) as run: …`
+    """
+    folder = RunFolder.of(path, recipe)
+    started = time.monotonic() - (time.time() - psutil.Process().create_time())
+    if not folder.tokenizer.exists():
+        recipe.tokenizer.write(folder.tokenizer)
+    inputs = build_inputs(recipe, load_tokenizer(str(folder.tokenizer)))
+    staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
+    eos = load_tokenizer(str(folder.tokenizer)).eos_token
+    recipe = replace(recipe, verify=replace(recipe.verify, eos=recipe.verify.eos or eos))
+    tracker = RunTracker(
+        folder.path, recipe.tracking, name=recipe.name, settings=flatten(recipe), json_mode=quiet
+    )
+    status = "failed"
+    attempts = int(folder.state().get("attempts", 0)) + 1
+    folder.set_state(state="running", pid=os.getpid(), attempts=attempts, started_unix_s=time.time())
+    try:
+        with Ledger.open(folder.ledger) as ledger, open_session(recipe.cluster, role_specs(recipe)):
+            crew = await open_crew(recipe, staleness)
+            try:
+                yield Run(recipe, folder, crew, ledger, tracker, inputs, started)
+            finally:
+                await crew.close()
+        status = "finished"
+    except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+        status = "interrupted"
+        raise
+    except TreadleError as error:
+        tracker.event(
+            "failure", {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
+        )
+        raise
+    finally:
+        folder.set_state(state=status, ended_unix_s=time.time())
+        tracker.close(status)
+
+
+async def play(recipe: Recipe, folder: RunFolder, *, quiet: bool) -> dict[str, Any]:
+    """Runs all stages and returns the summary, which is also written to `summary.json`, with `report.html`
+    beside it."""
+    async with open_run(recipe, folder.path, quiet=quiet) as run:
+        for name, config in recipe.stages.items():
+            output = finished(folder, name, run.key(name))
+            if output is None:
+                output = await run_stage(run, name, config)
+                record(folder, output)
+            run.outputs[name] = output
+        summary = summarise(run)
+        write_json(folder.summary, summary)
+    _draw_report(folder)
+    return summary
+
+
+def _draw_report(folder: RunFolder) -> None:
+    from treadle.dashboards.report import write_report
+
+    write_report(folder.path)
+
+
+async def evaluate_folder(recipe: Recipe, model: Path) -> EvalReport:
+    """Evaluates a model folder as the last stage of the recipe that has an evaluation was: same prompts, same
+    sampling, same seeds, and so the same figures for the same weights. Starts engines and verifiers only."""
+    check_model_folder(model)
+    tokenizer = load_tokenizer(str(model))
+    name, stage = _evaluated_stage(recipe)
+    heldout = stage_inputs(recipe, tokenizer, name, stage).heldout
+    assert heldout is not None
+    verify = replace(recipe.verify, eos=recipe.verify.eos or tokenizer.eos_token)
+    recipe = replace(recipe, verify=verify)
+    with open_session(recipe.cluster, engine_specs(recipe)):
+        async with open_engines(recipe, str(model)) as (rollouts, verifiers):
+            return await evaluate(
+                rollouts,
+                verifiers,
+                heldout,
+                stage.evaluate,
+                label="eval",
+                seed=recipe.seed,
+                version=WeightVersion(step=0),
+            )
+
+
+def _evaluated_stage(recipe: Recipe) -> tuple[str, SftConfig | GrpoConfig | DistillConfig]:
+    for name, stage in reversed(recipe.stages.items()):
+        if isinstance(stage, SftConfig | GrpoConfig | DistillConfig):
+            return name, stage
+    raise ConfigError(
+        "The recipe has no stage with an evaluation.", "Use one with an sft, grpo or distill stage."
+    )

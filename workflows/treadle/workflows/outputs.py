@@ -1,0 +1,79 @@
+"""What a finished stage leaves behind, and how a re-run knows that it is still valid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from treadle.workflows.evaluate import EvalReport
+from treadle.workflows.folder import RunFolder, read_json, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOutput:
+    """A stage's result. `model` is a Hugging Face folder (empty for stages that make none), `digest` the state
+    digest of its weights, `key` the fingerprint of everything that went in."""
+
+    stage: str
+    kind: str
+    key: str
+    model: str
+    digest: str
+    steps: int
+    wall_s: float
+    evaluation: EvalReport | None
+    notes: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        value = asdict(self)
+        value["evaluation"] = self.evaluation.as_json() if self.evaluation else None
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StageOutput:
+        evaluation = value["evaluation"]
+        if evaluation is not None:
+            powers = tuple((int(k), float(v)) for k, v in evaluation["pass_at_k"].items())
+            evaluation = EvalReport(**{**evaluation, "pass_at_k": powers})
+        return cls(**{**value, "evaluation": evaluation})
+
+
+def stage_key(fingerprint: str, upstream: Mapping[str, StageOutput], seed: int) -> str:
+    """Content address of a stage: its resolved settings, the weights it starts from and the seed. Settings that
+    only say where things run (workers, deadlines, tracking) are not part of `fingerprint`."""
+    parts = {
+        "settings": fingerprint,
+        "upstream": {n: o.digest or o.key for n, o in sorted(upstream.items())},
+        "seed": seed,
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def finished(folder: RunFolder, stage: str, key: str) -> StageOutput | None:
+    """The stage's output if it was finished with the same key, else None."""
+    path = folder.artifact(stage) / "stage.json"
+    if not path.exists():
+        return None
+    output = StageOutput.from_json(read_json(path))
+    return output if output.key == key else None
+
+
+def record(folder: RunFolder, output: StageOutput) -> None:
+    """Marks the stage as finished. Written last, so a stage is either whole or done again."""
+    target = folder.artifact(output.stage)
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "stage.json", output.as_json())
+
+
+def outputs_of(folder: RunFolder) -> dict[str, StageOutput]:
+    """All finished stages of a run, in the order they ended."""
+    files = sorted((folder.path / "artifacts").glob("*/stage.json"), key=_modified)
+    return {file.parent.name: StageOutput.from_json(read_json(file)) for file in files}
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,0 +1,81 @@
+"""Where a run stands, told from its folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from treadle.platform.ledger import Ledger
+from treadle.platform.tracking import read_metrics
+from treadle.workflows.folder import RunFolder
+from treadle.workflows.outputs import outputs_of
+
+SHOWN = ("reward/mean", "accuracy/sampled", "accuracy/heldout_sampled", "response_length/mean", "policy/loss")
+
+
+def describe(folder: RunFolder) -> dict[str, Any]:
+    """State, attempts, finished stages, the newest step with its figures, and the samples' fate. A run whose
+    process is gone without a word is reported as `killed`."""
+    state = folder.state()
+    word = state.get("state", "never started")
+    if word == "running" and not alive(int(state.get("pid", 0))):
+        word = "killed"
+    rows = read_metrics(folder.path)
+    newest = max(rows, key=lambda row: row.time, default=None)
+    result: dict[str, Any] = {
+        "folder": str(folder.path),
+        "state": word,
+        "attempts": state.get("attempts", 0),
+        "stages_finished": list(outputs_of(folder)),
+        "stage": newest.stage if newest else None,
+        "step": newest.step if newest else None,
+        "seconds_since_last_step": time.time() - newest.time if newest else None,
+        "figures": {k: newest.metrics[k] for k in SHOWN if k in newest.metrics} if newest else {},
+        "samples": _audit(folder),
+    }
+    return {**result, "text": _text(result)}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process with this id exists."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _audit(folder: RunFolder) -> dict[str, Any]:
+    if not folder.ledger.exists():
+        return {}
+    with Ledger.open(folder.ledger, read_only=True) as ledger:
+        audit = ledger.audit()
+    return {
+        "issued": audit.issued,
+        "trained": audit.trained,
+        "in_flight": audit.in_flight,
+        "dropped": dict(audit.dropped),
+        "failed": audit.failed,
+        "timed_out": audit.timed_out,
+    }
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [f"{result['folder']}: {result['state']}, attempt {result['attempts']}"]
+    if result["stages_finished"]:
+        lines.append(f"finished stages: {', '.join(result['stages_finished'])}")
+    if result["stage"] is not None:
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in result["figures"].items())
+        age = result["seconds_since_last_step"]
+        lines.append(f"last step: {result['stage']} {result['step'] + 1}, {age:.0f} s ago  {figures}")
+    if result["samples"]:
+        counts = "  ".join(f"{name} {value}" for name, value in result["samples"].items())
+        lines.append(f"groups: {counts}")
+    if result["state"] in ("killed", "interrupted", "failed"):
+        lines.append(f"continue with: treadle resume {result['folder']}")
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""A run in progress: its folder, its roles, and the stages it has finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from treadle.platform.config import fingerprint
+from treadle.platform.errors import ConfigError
+from treadle.platform.ledger import Ledger
+from treadle.platform.objectives.base import Objective
+from treadle.platform.storage import local_path
+from treadle.platform.tracking import RunTracker
+from treadle.workflows.configs import GrpoConfig, StageConfig, TrainedConfig
+from treadle.workflows.crew import Crew
+from treadle.workflows.evaluate import EvalReport
+from treadle.workflows.export import folder_digest
+from treadle.workflows.folder import RunFolder
+from treadle.workflows.inputs import StageInputs, stage_seed
+from treadle.workflows.journal import Journal
+from treadle.workflows.models import check_model_folder, copy_tokenizer, random_model
+from treadle.workflows.outputs import StageOutput, stage_key
+from treadle.workflows.recipe import Recipe
+from treadle.workflows.roles import Roles
+from treadle.workflows.saving import CheckpointKeeper
+
+
+class Run:
+    """What a stage needs of its surroundings. Opened by `launch.open_run`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        crew: Crew,
+        ledger: Ledger,
+        tracker: RunTracker,
+        inputs: Mapping[str, StageInputs],
+        started: float,
+    ) -> None:
+        self.recipe, self.folder, self.crew = recipe, folder, crew
+        self.ledger, self.tracker, self.inputs = ledger, tracker, inputs
+        self.outputs: dict[str, StageOutput] = {}
+        self.first_step_s: float | None = None
+        self.steps = 0
+        self._started, self._stage_started = started, started
+        self._model = ""
+
+    @property
+    def roles(self) -> Roles:
+        return self.crew.roles
+
+    def stepped(self) -> None:
+        """Counts a step. After the first one of a run, what later stages need comes up in the background."""
+        self.steps += 1
+        if self.first_step_s is None:
+            self.first_step_s = self.wall_s
+            self.crew.start_engines(self._model)
+
+    async def model_folder(self, name: str, config: StageConfig) -> Path:
+        """The Hugging Face folder a stage starts from."""
+        model = config.model
+        if model.stage:
+            return Path(self.outputs[model.stage].model)
+        target = self.folder.path / "work" / name / "init"
+        if model.path:
+            with local_path(model.path) as source:
+                check_model_folder(source)
+                return source
+        if not (target / "model.safetensors").exists():
+            random_model(model, self.folder.tokenizer, target, stage_seed(self.recipe, name))
+        return target
+
+    def begin(self, name: str) -> AbstractAsyncContextManager[Journal]:
+        """Opens a GRPO stage of the recipe by name, for a loop of one's own."""
+        config = self.recipe.stages[name]
+        if not isinstance(config, GrpoConfig):
+            raise ConfigError(
+                f"stages.{name} is of kind {config.kind}.", "begin() opens stages of kind grpo."
+            )
+        return self.stage(name, config, config.objective, steps=config.steps, engines=True)
+
+    @asynccontextmanager
+    async def stage(
+        self, name: str, config: TrainedConfig, objective: Objective, *, steps: int, engines: bool
+    ) -> AsyncIterator[Journal]:
+        """Sets the learner (and the engines) to the stage's model, or to its newest committed checkpoint."""
+        self._stage_started = time.monotonic()
+        self._model = str(await self.model_folder(name, config))
+        optim = replace(config.optim, total_steps=config.optim.total_steps or steps)
+        await self.crew.set_learner(self._model, optim, objective)
+        keeper = CheckpointKeeper(
+            self.recipe.checkpoint, str(self.folder.checkpoints), self.ledger, self.roles.learner
+        )
+        position = await keeper.restore(name)
+        if engines:
+            await self.crew.set_engines(self._model)
+            await self.crew.set_broadcast(self._model)
+            await self.roles.broadcast.publish(position.step)
+        tracker = self.tracker.stage(name, total_steps=steps)
+        journal = Journal(
+            stage=name,
+            seed=stage_seed(self.recipe, name),
+            position=position,
+            ledger=self.ledger,
+            tracker=tracker,
+            keeper=keeper,
+        )
+        try:
+            yield journal
+        except BaseException:
+            tracker.close("failed")
+            raise
+        tracker.close()
+
+    async def finish(
+        self,
+        name: str,
+        config: StageConfig,
+        journal: Journal,
+        *,
+        evaluation: EvalReport | None,
+        notes: Mapping[str, float] | None = None,
+    ) -> StageOutput:
+        """Writes the stage's artefact: the learner's weights as a Hugging Face folder."""
+        target = self.folder.artifact(name)
+        await self.roles.learner.export_hf(str(target))
+        copy_tokenizer(self.folder.tokenizer, target)
+        return self.output(
+            name,
+            config,
+            model=str(target),
+            digest=folder_digest(target),
+            steps=journal.step,
+            evaluation=evaluation,
+            notes=notes,
+        )
+
+    def output(
+        self,
+        name: str,
+        config: StageConfig,
+        *,
+        model: str,
+        digest: str,
+        steps: int,
+        evaluation: EvalReport | None,
+        notes: Mapping[str, float] | None = None,
+    ) -> StageOutput:
+        """The record of a finished stage."""
+        return StageOutput(
+            stage=name,
+            kind=config.kind,
+            key=self.key(name),
+            model=model,
+            digest=digest,
+            steps=steps,
+            wall_s=time.monotonic() - self._stage_started,
+            evaluation=evaluation,
+            notes=notes or {},
+        )
+
+    def key(self, name: str) -> str:
+        """The content address of a stage: its settings, the stages it builds on, tokenizer and seed."""
+        config = self.recipe.stages[name]
+        needed = {config.model.stage, getattr(config, "teacher", "")} - {""}
+        upstream = {n: self.outputs[n] for n in needed}
+        prints = fingerprint(
+            {"stage": config, "tokenizer": self.recipe.tokenizer, "verify": self.recipe.verify.parts}
+        )
+        return stage_key(prints, upstream, self.recipe.seed)
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._started

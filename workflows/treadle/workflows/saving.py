@@ -1,0 +1,80 @@
+"""When and how a stage's checkpoint is written and committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.platform.checkpoints import CheckpointMeta, Checkpoints
+from treadle.platform.contracts import Learner
+from treadle.platform.errors import ConfigError
+from treadle.platform.failpoints import failpoint
+from treadle.platform.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a stage is saved, and how many committed checkpoints are kept per stage."""
+
+    every_steps: int = 50
+    """0 saves nothing between stages; a stage's end is always kept as its artefact."""
+    keep: int = 2
+
+    def check(self) -> None:
+        if self.every_steps < 0 or self.keep < 1:
+            raise ConfigError(
+                f"checkpoint.every_steps={self.every_steps} must be >= 0 and checkpoint.keep={self.keep} >= 1."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a stage continues: the next step, the next prompt never issued, and the indices of groups that
+    were issued before the checkpoint and reached no terminal state."""
+
+    step: int = 0
+    cursor: int = 0
+    pending: tuple[int, ...] = ()
+
+
+class CheckpointKeeper:
+    """Writes and finds the checkpoints of a run's stages.
+
+    The order is: the learner's shards, the ledger's mark, the marker of the checkpoint. Whatever dies in between,
+    the newest committed checkpoint has its mark, and the ledger can be rolled back to it.
+    """
+
+    def __init__(self, config: CheckpointConfig, root: str, ledger: Ledger, learner: Learner) -> None:
+        self._config, self._ledger, self._learner = config, ledger, learner
+        self._checkpoints = Checkpoints(root)
+
+    async def restore(self, stage: str) -> Position:
+        """Loads the newest valid checkpoint of a stage into the learner and rolls the ledger back to it; without
+        one, the stage begins anew."""
+        self._checkpoints.remove_uncommitted(stage)
+        newest = self._checkpoints.newest_valid(stage)
+        if newest.ref is None or newest.meta is None:
+            self._ledger.rollback_to(stage, 0)
+            return Position()
+        await self._learner.load(newest.ref.url)
+        self._checkpoints.remove_after(stage, newest.ref.step)
+        if newest.meta.ledger_mark < 0:
+            return Position(step=newest.meta.step, cursor=newest.meta.cursor)
+        restored = self._ledger.rollback_to(stage, newest.meta.ledger_mark)
+        return Position(step=restored.step, cursor=restored.cursor, pending=restored.pending)
+
+    async def after_step(self, stage: str, step: int, cursor: int, *, with_groups: bool) -> bool:
+        """Saves if `step` steps are a multiple of `every_steps`. Returns whether it did."""
+        every = self._config.every_steps
+        if not every or step % every:
+            return False
+        folder = self._checkpoints.begin(stage, step)
+        await self._learner.save(folder, {"stage": stage, "step": step})
+        failpoint("driver.after_shards")
+        if with_groups:
+            self._ledger.commit_mark(stage, step, cursor)
+        failpoint("driver.after_mark")
+        meta = CheckpointMeta(step=step, cursor=cursor, ledger_mark=step if with_groups else -1)
+        self._checkpoints.commit(stage, meta)
+        self._checkpoints.retain(stage, self._config.keep)
+        failpoint("driver.after_checkpoint")
+        return True
