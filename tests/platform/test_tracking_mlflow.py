@@ -227,6 +227,7 @@ def _await_sent(folder: Path, lines: int, deadline_s: float = 120) -> None:
     raise AssertionError(f"still unsent: {unsent(folder)}")
 
 
+@pytest.mark.timeout(900)
 def test_a_server_that_is_stopped_in_the_middle_gets_every_step(tmp_path: Path) -> None:
     folder, port = tmp_path / "run", _free_port()
     config = TrackingConfig(

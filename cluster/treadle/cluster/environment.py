@@ -18,8 +18,8 @@ _DEFAULTS = {
     # `uv run` would otherwise zip the current folder and ship it to every worker.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A role without a GPU keeps CUDA_VISIBLE_DEVICES as it is set.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A role that asks for no GPU sees none; otherwise it could fill the memory of another role's.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # On a crowded machine the node's agents take longer than the 15 s after which Ray's node gives up on them.
     "RAY_agent_register_timeout_ms": "60000",
 }

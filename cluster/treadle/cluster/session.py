@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -86,12 +86,14 @@ def open_session(config: ClusterConfig, specs: Sequence[RoleSpec] = ()) -> Itera
     that started it, which is also what leaves no process behind when this one is killed.
 
     `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. SIGTERM
-    inside the block raises `SystemExit`, so that everything is closed. Raises `ClusterError`.
+    inside the block goes to the program's own handler, or raises `SystemExit` where it has none, so that
+    everything is closed. Raises `ClusterError`.
     """
     prepare_environment(config.token_file)
     _refuse_a_second_session()
     opened = _embedded(config, specs) if not config.address else _attached(config)
-    with opened as session, _sigterm_as_exit():
+    handler = signal.getsignal(signal.SIGTERM)  # before Ray replaces it
+    with opened as session, _sigterm_handled(handler if callable(handler) else _leave):
         yield session
 
 
@@ -194,20 +196,20 @@ def _refuse_a_second_session() -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit(143) inside the block; signals can only be handled in the main thread."""
+def _sigterm_handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Signals can only be handled in the main thread; elsewhere this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
+    replaced = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, replaced)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from treadle.platform.records import StepBatch, StepReport, TrainSample
 
 VOCAB = 40
+ANSWER_S = 280
 
 
 def tiny_model(folder: Path, *, kind: str = "qwen2", seed: int = 0, **changes: Any) -> str:
@@ -162,6 +163,7 @@ class Ranks:
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
+        self._late = ""
         for rank in range(n):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, n, store, theirs), daemon=True)
@@ -175,8 +177,11 @@ class Ranks:
             own = args if rows is None else (args[0], rows[rank], *args[1:])
             pipe.send((method, own))
         answers = []
+        assert not self._late, self._late  # answers of an earlier order would be taken for this one's
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(120), f"rank {rank} does not answer"
+            if not pipe.poll(ANSWER_S):
+                self._late = f"rank {rank} did not answer {method} {args[:1]} in {ANSWER_S} s"
+                raise TimeoutError(self._late)
             answers.append(pipe.recv())
         for good, value in answers:
             if not good:

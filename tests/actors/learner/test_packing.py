@@ -32,7 +32,9 @@ def numbered(lengths: list[int]) -> list[TrainSample]:
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(3, 60), min_size=1, max_size=40), budget=st.integers(1, 150))
-def test_every_target_is_packed_once_behind_the_token_that_predicts_it(lengths: list[int], budget: int) -> None:
+def test_every_target_is_packed_once_behind_the_token_that_predicts_it(
+    lengths: list[int], budget: int
+) -> None:
     seen = []
     for batch in pack(numbered(lengths), budget):
         assert sum(batch.layout.lengths) == len(batch.input_ids) == len(batch.position_ids)

@@ -63,7 +63,8 @@ def test_the_policy_equals_the_model_it_wraps(name: str, packing: str, tmp_path:
     ours = {n: p.grad for n, p in policy.named_weights()}
     assert ours.keys() == gradients.keys()
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(ours[parameter], gradient, rtol=1e-4, atol=1e-5)
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(ours[parameter], gradient, rtol=0, atol=1e-5 * max(scale, 1.0))
 
 
 def _original_order(members: tuple[int, ...], samples: list[TrainSample]) -> torch.Tensor:
@@ -71,7 +72,10 @@ def _original_order(members: tuple[int, ...], samples: list[TrainSample]) -> tor
     counts = [int(samples[i].loss_mask.sum()) for i in members]
     starts = np.cumsum([0, *counts])
     return torch.cat(
-        [torch.arange(starts[k], starts[k + 1]) for k in sorted(range(len(members)), key=lambda k: members[k])]
+        [
+            torch.arange(starts[k], starts[k + 1])
+            for k in sorted(range(len(members)), key=lambda k: members[k])
+        ]
     )
 
 
@@ -110,11 +114,14 @@ def test_dropout_is_off_so_that_a_step_is_a_function_of_its_batch(tmp_path: Path
 
 
 def test_a_model_without_the_attention_interface_falls_back_to_padded_batches(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path, kind="ctrl", n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=64)
+    folder = tiny_model(tmp_path, kind="stablelm")
     policy = load_policy(folder, dtype="fp32", packing="packed")
     assert not policy.packed
-    (batch,) = pack(drawn_samples(3), 1000)
-    assert torch.isfinite(policy(batch).logprobs).all()
+    samples = drawn_samples(3)
+    (batch,) = pack(samples, 1000)
+    logprobs, _, _ = hugging_face(folder, samples, 1.0)
+    order = _original_order(batch.samples, samples)
+    torch.testing.assert_close(policy(batch).logprobs[order], logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
@@ -125,7 +132,7 @@ def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
         tmp_path / "g3", kind="gemma2", head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=9.0
     )
     policy = load_policy(capped, dtype="fp32", packing="packed")
-    with pytest.raises(ConfigError, match="softcap.*learner.packing=padded"):
+    with pytest.raises(ConfigError, match=r"softcap.*learner\.packing=padded"):
         policy(pack(drawn_samples(2), 1000)[0])
-    with pytest.raises(DataError, match="config.json"):
+    with pytest.raises(DataError, match=r"config\.json"):
         load_policy(str(tmp_path / "none"), dtype="fp32", packing="packed")

@@ -33,10 +33,11 @@ def run(
 ) -> Result:
     """Checks the recipe and its data, then runs it. Nothing is started, and no folder made, if a check fails."""
     recipe = _addressed(load_recipe(source, overrides), address)
-    _check_inputs(recipe)
     if dry_run:
+        _check_inputs(recipe)
         return {"recipe": recipe.name, "stages": list(recipe.stages), "text": to_yaml(recipe)}
-    target = RunFolder.create(folder or Path("runs") / recipe.name, fresh=fresh)
+    target = folder or Path("runs") / recipe.name
+    RunFolder.clear(target, fresh=fresh)
     return _play(recipe, target, as_json)
 
 
@@ -50,7 +51,7 @@ def resume(path: Path, address: str, *, as_json: bool) -> Result:
     if address:
         recipe = _addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
-    return _play(recipe, target, as_json)
+    return _play(recipe, path, as_json)
 
 
 def status(path: Path) -> Result:
@@ -129,11 +130,11 @@ def _check_inputs(recipe: Recipe) -> None:
         build_inputs(recipe, load_tokenizer(str(folder)))
 
 
-def _play(recipe: Recipe, folder: RunFolder, as_json: bool) -> Result:
+def _play(recipe: Recipe, path: Path, as_json: bool) -> Result:
     from treadle.workflows.launch import play
 
-    summary = asyncio.run(play(recipe, folder, quiet=as_json))
-    outputs = outputs_of(folder).items()
+    summary = asyncio.run(play(recipe, path, quiet=as_json))
+    outputs = outputs_of(RunFolder(path)).items()
     lines = [f"{name:>10}  {output.evaluation.line()}" for name, output in outputs if output.evaluation]
-    lines.append(f"{'report':>10}  {folder.path / 'report.html'}")
+    lines.append(f"{'report':>10}  {path / 'report.html'}")
     return {**summary, "text": "\n".join(lines)}

@@ -57,10 +57,10 @@ class RunFolder:
         return self.path / "artifacts" / stage
 
     @classmethod
-    def create(cls, path: Path, *, fresh: bool) -> RunFolder:
-        """A new run folder. Raises `ConfigError` if a run lies there already and `fresh` does not replace it."""
-        folder = cls(path)
-        if folder.config.exists():
+    def clear(cls, path: Path, *, fresh: bool) -> None:
+        """Makes sure that a new run can go there: raises `ConfigError` if something lies there, unless it is a
+        run and `fresh` says to remove it."""
+        if cls(path).config.exists():
             if not fresh:
                 raise ConfigError(
                     f"{path} already holds a run.",
@@ -69,20 +69,19 @@ class RunFolder:
             shutil.rmtree(path)
         elif path.exists() and any(path.iterdir()):
             raise ConfigError(f"{path} is not empty and holds no run.", "Choose another --dir.")
-        for part in ("artifacts", "checkpoints", "rollouts", "logs"):
-            (path / part).mkdir(parents=True, exist_ok=True)
-        return folder
 
     @classmethod
     def of(cls, path: Path, recipe: object) -> RunFolder:
         """The folder of this recipe's run: a new one, or one that holds a run of the same settings. Raises
-        `ConfigError` if it holds another recipe's."""
-        folder = cls(path) if (path / "config.yaml").exists() else cls.create(path, fresh=False)
-        resolved = to_yaml(recipe)
+        `ConfigError` if it holds another recipe's, or something else."""
+        folder, resolved = cls(path), to_yaml(recipe)
         if not folder.config.exists():
-            replace_file(folder.config, resolved)
+            cls.clear(path, fresh=False)
+            for part in ("artifacts", "checkpoints", "rollouts", "logs", "work"):
+                (path / part).mkdir(parents=True, exist_ok=True)
             changes = [[key, default, value] for key, default, value in diff_from_defaults(recipe)]
             replace_file(path / "config_diff.json", json.dumps(changes, default=str))
+            replace_file(folder.config, resolved)
         elif folder.config.read_text().strip() != resolved.strip():
             raise ConfigError(f"{path} holds a run with other settings.", "Choose another folder.")
         return folder

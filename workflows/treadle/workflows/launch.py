@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -40,14 +42,17 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     Raises what the checks, the cluster and the roles raise; whatever ends the block, all processes are ended and
     the folder says how the run ended. Example: `async with open_run(recipe, Path("runs/mine")) as run: …`
     """
-    folder = RunFolder.of(path, recipe)
     started = time.monotonic() - (time.time() - psutil.Process().create_time())
-    if not folder.tokenizer.exists():
-        recipe.tokenizer.write(folder.tokenizer)
-    inputs = build_inputs(recipe, load_tokenizer(str(folder.tokenizer)))
+    with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
+        drafted = recipe.tokenizer.write(Path(scratch) / "tokenizer")
+        tokenizer = load_tokenizer(str(drafted))
+        inputs = build_inputs(
+            recipe, tokenizer
+        )  # whatever is wrong with the data is said before a folder exists
+        folder = RunFolder.of(path, recipe)
+        shutil.copytree(drafted, folder.tokenizer, dirs_exist_ok=True)
     staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
-    eos = load_tokenizer(str(folder.tokenizer)).eos_token
-    recipe = replace(recipe, verify=replace(recipe.verify, eos=recipe.verify.eos or eos))
+    recipe = replace(recipe, verify=replace(recipe.verify, eos=recipe.verify.eos or tokenizer.eos_token))
     tracker = RunTracker(
         folder.path, recipe.tracking, name=recipe.name, settings=flatten(recipe), json_mode=quiet
     )
@@ -75,10 +80,11 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         tracker.close(status)
 
 
-async def play(recipe: Recipe, folder: RunFolder, *, quiet: bool) -> dict[str, Any]:
+async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
     """Runs all stages and returns the summary, which is also written to `summary.json`, with `report.html`
     beside it."""
-    async with open_run(recipe, folder.path, quiet=quiet) as run:
+    folder = RunFolder(path)
+    async with open_run(recipe, path, quiet=quiet) as run:
         for name, config in recipe.stages.items():
             output = finished(folder, name, run.key(name))
             if output is None:

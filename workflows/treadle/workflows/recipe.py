@@ -22,6 +22,7 @@ from treadle.workflows.configs import (
     PretrainConfig,
     SftConfig,
     StageConfig,
+    TrainedConfig,
 )
 from treadle.workflows.evaluate import EvaluateConfig
 from treadle.workflows.models import ModelConfig
@@ -98,6 +99,8 @@ def _check_model(where: str, stage: StageConfig, earlier: dict[str, StageConfig]
 
 
 def _check_stage(where: str, stage: StageConfig, recipe: Recipe) -> None:
+    if not isinstance(stage, ExportConfig):
+        _check_schedule(where, stage)
     if isinstance(stage, GrpoConfig):
         _check_grpo(where, stage, recipe)
     if (
@@ -115,6 +118,16 @@ def _check_stage(where: str, stage: StageConfig, recipe: Recipe) -> None:
         if isinstance(config, EvaluateConfig):
             config.check(f"{where}.{part}")
     _check_engine(where, stage.model, recipe)
+
+
+def _check_schedule(where: str, stage: TrainedConfig) -> None:
+    steps = stage.optim.total_steps or stage.steps
+    if stage.optim.schedule != "constant" and steps <= stage.optim.warmup_steps:
+        raise ConfigError(
+            f"{where}.optim.warmup_steps={stage.optim.warmup_steps} leaves nothing of {steps} steps for the "
+            f"{stage.optim.schedule} decay.",
+            f"Lower it, raise {where}.steps, or set {where}.optim.schedule=constant.",
+        )
 
 
 def _check_grpo(where: str, stage: GrpoConfig, recipe: Recipe) -> None:

@@ -67,6 +67,7 @@ class CoordinatorActor:
 
 
 def start_coordinator(config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> Any:
-    """The handle of a new coordinator over the learner's rank actors and the engines' worker actors by name."""
+    """The handle of a new coordinator over the learner's rank actors and the engines' worker actors by
+    name."""
     actor: Any = CoordinatorActor  # what ray.remote returns is untyped
     return actor.remote(config, ranks, engines)

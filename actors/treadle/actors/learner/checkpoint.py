@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import safetensors.torch
 from torch import Tensor
 
 from treadle.actors.learner.backend import ParameterState
-from treadle.platform.errors import CheckpointError
+from treadle.platform.errors import CheckpointError, StorageError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.records import Json
+from treadle.platform.storage import Store, open_store
 
 FORMAT = 1
 INDEX = "learner.json"
@@ -53,15 +53,16 @@ def write(
 ) -> None:
     """Writes the checkpoint. All ranks walk `state`, since gathering is collective; only the `writer` keeps
     and writes it, a shard at a time. The index is written last."""
+    store = open_store(folder)
     files: dict[str, str] = {}
     tensors = ((f"{part}/{name}", getattr(s, part)) for name, s in state for part in STATE)
     for number, shard in enumerate(_shards(tensors)):
         if writer:
-            _write_shard(folder, f"optimizer-{number:05d}.safetensors", shard, files)
+            _write_shard(store, f"optimizer-{number:05d}.safetensors", shard, files)
             failpoint("learner.mid_save")
     named = ((f"reference/{name}", tensor) for name, tensor in reference)
     for number, shard in enumerate(_shards(named) if writer else ()):
-        _write_shard(folder, f"reference-{number:05d}.safetensors", shard, files)
+        _write_shard(store, f"reference-{number:05d}.safetensors", shard, files)
     if writer:
         index = {
             "format": FORMAT,
@@ -71,7 +72,7 @@ def write(
             "files": files,
             "extra": dict(extra),
         }
-        _write_bytes(f"{folder}/{INDEX}", json.dumps(index, indent=1).encode())
+        store.write_bytes(INDEX, json.dumps(index, indent=1).encode())
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -88,16 +89,9 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
         yield shard
 
 
-def _write_shard(folder: str, name: str, shard: dict[str, Tensor], files: dict[str, str]) -> None:
-    _write_bytes(f"{folder}/{name}", safetensors.torch.save(shard))
+def _write_shard(store: Store, name: str, shard: dict[str, Tensor], files: dict[str, str]) -> None:
+    store.write_bytes(name, safetensors.torch.save(shard))
     files.update(dict.fromkeys(shard, name))
-
-
-def _write_bytes(url: str, data: bytes) -> None:
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    with fs.open(path, "wb") as file:
-        file.write(data)
 
 
 class Reader:
@@ -108,8 +102,9 @@ class Reader:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        self._store = open_store(folder)
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
-        raw = _parsed(folder, _read_bytes(f"{folder}/{INDEX}"))
+        raw = _parsed(folder, self._read(INDEX))
         if raw.get("format") != FORMAT:
             raise CheckpointError(
                 f"Checkpoint {folder}: learner format {raw.get('format')}, this version reads {FORMAT}.",
@@ -148,8 +143,16 @@ class Reader:
         if file is None:
             raise CheckpointError(f"Checkpoint {self._folder} has no tensor {key}.")
         if self._open[0] != file:
-            self._open = (file, safetensors.torch.load(_read_bytes(f"{self._folder}/{file}")))
+            self._open = (file, safetensors.torch.load(self._read(file)))
         return self._open[1][key]
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._store.read_bytes(name)
+        except StorageError as error:
+            raise CheckpointError(
+                f"Checkpoint {self._folder}: {error.message}", "Resume from another checkpoint of the run."
+            ) from error
 
 
 def _parsed(folder: str, data: bytes) -> dict[str, Any]:
@@ -160,13 +163,3 @@ def _parsed(folder: str, data: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"Checkpoint {folder}: {INDEX} is damaged.")
     return raw
-
-
-def _read_bytes(url: str) -> bytes:
-    fs, path = fsspec.core.url_to_fs(url)
-    try:
-        return bytes(fs.cat_file(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"Checkpoint file {url} does not exist.", "Resume from another checkpoint of the run."
-        ) from error

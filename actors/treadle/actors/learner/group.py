@@ -179,7 +179,7 @@ class LearnerGroup:
                 raise DeadlineError(
                     f"learner.{what}: rank {', '.join(map(str, late))} did not answer in time. "
                     f"{await self._phases(actors)}",
-                    "Look at the ranks' logs, or raise learner.step_deadline_s.",
+                    f"Look at the ranks' logs, or raise learner.{_setting(what)}.",
                 )
         except (LearnerError, DeadlineError) as error:
             self._broken = error.message
@@ -209,6 +209,10 @@ def _failure(task: asyncio.Task[Any]) -> RankFailure | None:
     if not task.done() or task.cancelled():
         return None
     return task.exception()
+
+
+def _setting(what: str) -> str:
+    return "start_deadline_s" if what in ("start", "setup") else "step_deadline_s"
 
 
 def _groups(batch: StepBatch) -> str:
