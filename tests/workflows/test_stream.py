@@ -26,6 +26,7 @@ def stream_of(
         "book": book,
         "sampling": Sampling(temperature=1.0, top_p=1.0, max_new_tokens=4, group_size=4, seed=3),
         "per_step": 3,
+        "steps": 100,
         "staleness": 0,
         "version": WeightVersion(step=0),
         "take_deadline_s": 5.0,
@@ -142,6 +143,12 @@ def test_dynamic_sampling_keeps_only_groups_with_different_rewards() -> None:
 def test_dynamic_sampling_that_finds_nothing_says_what_to_change() -> None:
     with pytest.raises(RolloutError, match=r"zero_variance 2\d.*dynamic_sampling"):
         played(1, CoinRollouts(skill=lambda step: 1.0), drop_zero_variance=True)
+
+
+def test_nothing_is_issued_beyond_the_last_step() -> None:
+    batches, book, _ = played(3, CoinRollouts(), staleness=2, steps=3)
+    assert len(book.of("issued")) == 9
+    assert sorted(i for batch in batches for i in ids(batch)) == book.of("issued")
 
 
 def test_a_resumed_stream_issues_what_was_pending_first_and_then_goes_on() -> None:

@@ -81,24 +81,27 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: ClusterConfig, specs: Sequence[RoleSpec] = ()) -> Iterator[Session]:
+def open_session(
+    config: ClusterConfig, specs: Sequence[RoleSpec] = (), logs: Path | None = None
+) -> Iterator[Session]:
     """Ray for the duration of a `with`. Call it in the main thread: an embedded cluster dies with the thread
     that started it, which is also what leaves no process behind when this one is killed.
 
-    `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. SIGTERM
+    `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. `logs` is a folder
+    that keeps what its processes have written (a running cluster keeps its own). SIGTERM
     inside the block goes to the program's own handler, or raises `SystemExit` where it has none, so that
     everything is closed. Raises `ClusterError`.
     """
     prepare_environment(config.token_file)
     _refuse_a_second_session()
-    opened = _embedded(config, specs) if not config.address else _attached(config)
+    opened = _attached(config) if config.address else _embedded(config, specs, logs)
     handler = signal.getsignal(signal.SIGTERM)  # before Ray replaces it
     with opened as session, _sigterm_handled(handler if callable(handler) else _leave):
         yield session
 
 
 @contextlib.contextmanager
-def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec]) -> Iterator[Session]:
+def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | None) -> Iterator[Session]:
     use_token()
     import ray  # after the environment is complete
 
@@ -124,7 +127,18 @@ def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec]) -> Iterator[Sess
         yield _session(ray, embedded=True)
     finally:
         ray.shutdown()
+        if logs is not None:
+            _keep_logs(Path(folder), logs)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_logs(folder: Path, logs: Path) -> None:
+    """Copies what the role processes have written, and Ray's own errors; empty files are left out."""
+    logs.mkdir(parents=True, exist_ok=True)
+    for pattern in ("worker-*.out", "worker-*.err", "gcs_server.err", "raylet.err"):
+        for file in folder.glob(f"session_*/logs/{pattern}"):
+            if not file.is_symlink() and file.stat().st_size:
+                shutil.copyfile(file, logs / file.name)
 
 
 @contextlib.contextmanager
@@ -149,7 +163,7 @@ def _attached(config: ClusterConfig) -> Iterator[Session]:
 def _init(ray: object, **options: object) -> None:
     """`ray.init` with its many ways to fail in one."""
     try:
-        ray.init(namespace="treadle", logging_level="warning", **options)  # type: ignore[attr-defined]
+        ray.init(namespace="treadle", logging_level="error", log_to_driver=False, **options)  # type: ignore[attr-defined]
     except Exception as error:
         if options["address"] == "local":
             remedy = (

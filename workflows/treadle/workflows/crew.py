@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treadle.actors.broadcast.actor import start_coordinator
 from treadle.actors.broadcast.client import Broadcaster
 from treadle.actors.broadcast.probe import Probe, probe_sequences
 from treadle.actors.learner.config import LearnerConfig, OptimConfig
+from treadle.actors.learner.fresh import ModelShape
 from treadle.actors.learner.group import LearnerGroup
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.actors.rollout.actor import RayWorker, ray_launch
@@ -25,8 +26,12 @@ from treadle.cluster.placement import Placement, reserve
 from treadle.platform.errors import BroadcastError
 from treadle.platform.objectives.base import Objective
 from treadle.platform.records import PublishReport, RoleSpec, WeightVersion
+from treadle.workflows.models import ModelConfig
 from treadle.workflows.recipe import Recipe
 from treadle.workflows.roles import Roles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def engine_specs(recipe: Recipe) -> tuple[RoleSpec, ...]:
@@ -99,6 +104,28 @@ class Crew:
         if self._engines is None:
             self._model = model
             self._engines = asyncio.create_task(self._start_engines(model), name="start engines")
+
+    async def make_model(
+        self, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, target: Path, seed: int
+    ) -> None:
+        """Random weights in the model's shape, with the tokenizer's vocabulary."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shape = ModelShape(
+            architecture=model.architecture,
+            layers=model.layers,
+            hidden=model.hidden,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            intermediate=model.intermediate,
+            context_tokens=model.context_tokens,
+            tie_embeddings=model.tie_embeddings,
+            initializer_range=model.initializer_range,
+            vocabulary=len(tokenizer),
+            eos_id=int(tokenizer.eos_token_id),
+            bos_id=tokenizer.bos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+        await self._learner.make_model(shape, str(target), seed)
 
     async def set_learner(self, model: str, optim: OptimConfig, objective: Objective) -> None:
         """Gives the ranks a stage's starting weights, optimizer and objective."""

@@ -18,7 +18,7 @@ def export_model(source: Path, target: Path, digest: str) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != "stage.json":
+        if file.is_file():
             shutil.copyfile(file, draft / file.name)
     found = folder_digest(draft)
     if digest and found != digest:

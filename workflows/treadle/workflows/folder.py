@@ -53,8 +53,12 @@ class RunFolder:
         return self.path / "artifacts" / "tokenizer"
 
     def artifact(self, stage: str) -> Path:
-        """The folder a finished stage leaves; the stage is finished when its `stage.json` exists."""
+        """The Hugging Face folder a stage leaves."""
         return self.path / "artifacts" / stage
+
+    def output(self, stage: str) -> Path:
+        """The record of a stage: it is finished when this file exists."""
+        return self.path / "artifacts" / f"{stage}.json"
 
     @classmethod
     def clear(cls, path: Path, *, fresh: bool) -> None:

@@ -61,6 +61,7 @@ class Journal:
             book=self,
             sampling=sampling,
             per_step=config.prompts_per_step,
+            steps=config.steps,
             staleness=config.staleness,
             version=roles.broadcast.version,
             pending=self._position.pending,

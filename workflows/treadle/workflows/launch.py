@@ -60,10 +60,13 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     attempts = int(folder.state().get("attempts", 0)) + 1
     folder.set_state(state="running", pid=os.getpid(), attempts=attempts, started_unix_s=time.time())
     try:
-        with Ledger.open(folder.ledger) as ledger, open_session(recipe.cluster, role_specs(recipe)):
+        with (
+            Ledger.open(folder.ledger) as ledger,
+            open_session(recipe.cluster, role_specs(recipe), logs=folder.path / "logs"),
+        ):
             crew = await open_crew(recipe, staleness)
             try:
-                yield Run(recipe, folder, crew, ledger, tracker, inputs, started)
+                yield Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started)
             finally:
                 await crew.close()
         status = "finished"

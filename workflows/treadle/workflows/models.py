@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treadle.platform.errors import ConfigError, DataError
-from treadle.platform.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -53,42 +52,6 @@ class ModelConfig:
                 f"{where}: hidden={self.hidden} must be a multiple of heads={self.heads}, and heads of "
                 f"kv_heads={self.kv_heads}."
             )
-
-
-def random_model(config: ModelConfig, tokenizer_folder: Path, target: Path, seed: int) -> Path:
-    """Writes a randomly initialised model in fp32 with the tokenizer's vocabulary, its EOS and its pad token.
-    The same seed gives the same bytes. Raises `ConfigError` for an unknown architecture."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    try:
-        shape = AutoConfig.for_model(
-            config.architecture,
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.context_tokens,
-            tie_word_embeddings=config.tie_embeddings,
-            initializer_range=config.initializer_range,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"model.architecture={config.architecture} is no causal language model transformers knows: {error}",
-            "Use a transformers model type such as qwen2, llama or mistral.",
-        ) from error
-    torch.manual_seed(derive_seed(seed, "model", config.architecture) % 2**63)
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    target.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(target, safe_serialization=True)
-    copy_tokenizer(tokenizer_folder, target)
-    return target
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

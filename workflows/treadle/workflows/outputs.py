@@ -55,7 +55,7 @@ def stage_key(fingerprint: str, upstream: Mapping[str, StageOutput], seed: int) 
 
 def finished(folder: RunFolder, stage: str, key: str) -> StageOutput | None:
     """The stage's output if it was finished with the same key, else None."""
-    path = folder.artifact(stage) / "stage.json"
+    path = folder.output(stage)
     if not path.exists():
         return None
     output = StageOutput.from_json(read_json(path))
@@ -64,15 +64,13 @@ def finished(folder: RunFolder, stage: str, key: str) -> StageOutput | None:
 
 def record(folder: RunFolder, output: StageOutput) -> None:
     """Marks the stage as finished. Written last, so a stage is either whole or done again."""
-    target = folder.artifact(output.stage)
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "stage.json", output.as_json())
+    write_json(folder.output(output.stage), output.as_json())
 
 
 def outputs_of(folder: RunFolder) -> dict[str, StageOutput]:
     """All finished stages of a run, in the order they ended."""
-    files = sorted((folder.path / "artifacts").glob("*/stage.json"), key=_modified)
-    return {file.parent.name: StageOutput.from_json(read_json(file)) for file in files}
+    files = sorted(folder.output("*").parent.glob("*.json"), key=_modified)
+    return {file.stem: StageOutput.from_json(read_json(file)) for file in files}
 
 
 def _modified(path: Path) -> float:

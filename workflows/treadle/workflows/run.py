@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from treadle.platform.config import fingerprint
 from treadle.platform.errors import ConfigError
@@ -21,11 +22,14 @@ from treadle.workflows.export import folder_digest
 from treadle.workflows.folder import RunFolder
 from treadle.workflows.inputs import StageInputs, stage_seed
 from treadle.workflows.journal import Journal
-from treadle.workflows.models import check_model_folder, copy_tokenizer, random_model
+from treadle.workflows.models import check_model_folder, copy_tokenizer
 from treadle.workflows.outputs import StageOutput, stage_key
 from treadle.workflows.recipe import Recipe
 from treadle.workflows.roles import Roles
 from treadle.workflows.saving import CheckpointKeeper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Run:
@@ -38,11 +42,12 @@ class Run:
         crew: Crew,
         ledger: Ledger,
         tracker: RunTracker,
+        tokenizer: PreTrainedTokenizerBase,
         inputs: Mapping[str, StageInputs],
         started: float,
     ) -> None:
         self.recipe, self.folder, self.crew = recipe, folder, crew
-        self.ledger, self.tracker, self.inputs = ledger, tracker, inputs
+        self.ledger, self.tracker, self.tokenizer, self.inputs = ledger, tracker, tokenizer, inputs
         self.outputs: dict[str, StageOutput] = {}
         self.first_step_s: float | None = None
         self.steps = 0
@@ -65,13 +70,14 @@ class Run:
         model = config.model
         if model.stage:
             return Path(self.outputs[model.stage].model)
-        target = self.folder.path / "work" / name / "init"
         if model.path:
             with local_path(model.path) as source:
                 check_model_folder(source)
                 return source
-        if not (target / "model.safetensors").exists():
-            random_model(model, self.folder.tokenizer, target, stage_seed(self.recipe, name))
+        target = self.folder.path / "work" / name / "init"
+        if not target.exists():
+            await self.crew.make_model(model, self.tokenizer, target, stage_seed(self.recipe, name))
+            copy_tokenizer(self.folder.tokenizer, target)
         return target
 
     def begin(self, name: str) -> AbstractAsyncContextManager[Journal]:

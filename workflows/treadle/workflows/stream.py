@@ -57,7 +57,8 @@ class GroupStream:
     consumes: prompts by index, published versions through `advance`;
     waits for: a published version at most η steps behind the step being prepared, draws and verdicts;
     unblocked by: `advance`, a finished draw, a finished judgement, or its deadline;
-    produces: for step t, `per_step` groups whose oldest token was drawn with version ≥ t-η, in issue order.
+    produces: for step t, `per_step` groups whose oldest token was drawn with version ≥ t-η, in issue order;
+    nothing is issued for steps from `steps` on.
 
     Groups that cannot be trained are dropped with a reason, written down, and replaced by a later prompt:
     "unscored" (fewer than two scored samples, or none without a group baseline), "zero_variance" (dynamic
@@ -74,6 +75,7 @@ class GroupStream:
         book: GroupBook,
         sampling: Sampling,
         per_step: int,
+        steps: int,
         staleness: int,
         version: WeightVersion,
         pending: Sequence[int] = (),
@@ -85,7 +87,7 @@ class GroupStream:
     ) -> None:
         self._stage, self._prompts, self._rollouts, self._verifiers = stage, prompts, rollouts, verifiers
         self._book, self._sampling, self._per_step = book, sampling, per_step
-        self._staleness, self._version = staleness, version
+        self._steps, self._staleness, self._version = steps, staleness, version
         self._backlog, self._cursor = list(pending), cursor
         self._drop_zero_variance, self._min_scored = drop_zero_variance, min_scored
         self._max_draw_factor, self._take_deadline_s = max_draw_factor, take_deadline_s
@@ -147,8 +149,8 @@ class GroupStream:
             self._drop([self._ready.pop(index).drawn.id for index in stale], "stale")
 
     def _capacity(self) -> int:
-        steps_ahead = self._version.step + self._staleness - self._next_step + 1
-        return max(0, steps_ahead) * self._per_step
+        last_step = min(self._version.step + self._staleness, self._steps - 1)
+        return max(0, last_step - self._next_step + 1) * self._per_step
 
     def _fill(self) -> None:
         while len(self._tasks) + len(self._ready) < self._capacity():

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from treadle.actors.learner import process_group
 from treadle.actors.learner.figures import RankReport
+from treadle.actors.learner.fresh import ModelShape, random_model
 from treadle.actors.learner.rank import LearnerRank
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError
@@ -72,6 +73,9 @@ class LearnerRankActor:
         self._learner.phase = "joining the process group"
         process_group.join(self._rank, self._ranks, host, port, self._deadline_s, self._store)
         self._learner.phase = "idle"
+
+    def make_model(self, shape: ModelShape, target: str, seed: int) -> None:
+        random_model(shape, target, seed)
 
     def setup(self, spec: LearnerSpec) -> int:
         return self._learner.setup(spec)

@@ -40,6 +40,11 @@ def diagnose(what: str, failures: Sequence[RankFailure | None], phases: str) -> 
     )
 
 
+def refused_by_all(failures: Sequence[RankFailure | None]) -> bool:
+    """Whether every rank declined the call with an error of ours (a missing file, a bad setting)."""
+    return all(f is not None and isinstance(_cause(f), TreadleError) for f in failures)
+
+
 def _cause(failure: RankFailure) -> BaseException:
     cause = failure.cause if isinstance(failure, RayTaskError) else None
     return cause if isinstance(cause, BaseException) else failure

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from treadle.actors.learner.actor import LearnerRankActor
 from treadle.actors.learner.config import GroupConfig
-from treadle.actors.learner.failures import GRACE_S, RankFailure, diagnose
+from treadle.actors.learner.failures import GRACE_S, RankFailure, diagnose, refused_by_all
 from treadle.actors.learner.figures import RankReport, merge
+from treadle.actors.learner.fresh import ModelShape
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError, LearnerError
 from treadle.platform.records import Json, RoleSpec, StepBatch, StepReport
@@ -77,6 +78,11 @@ class LearnerGroup:
             options["scheduling_strategy"] = self._scheduling[rank]
         actor: Any = LearnerRankActor
         return actor.options(**options).remote(rank, config.ranks, config.step_deadline_s)
+
+    async def make_model(self, shape: ModelShape, target: str, seed: int) -> None:
+        """Writes a model of random weights as a local Hugging Face folder without a tokenizer."""
+        deadline = time.monotonic() + self._config.start_deadline_s
+        await self._ask("make model", self._actors[:1], "make_model", deadline, shape, target, seed)
 
     async def setup(self, spec: LearnerSpec) -> int:
         """Gives the ranks a stage's model and objective; the processes stay. Returns the number of trained
@@ -173,17 +179,18 @@ class LearnerGroup:
             if any(task.exception() is not None for task in done):
                 # The root cause may be a rank that died a moment later than its peers noticed.
                 await asyncio.wait(tasks, timeout=GRACE_S)
-                raise diagnose(what, [_failure(task) for task in tasks], await self._phases(actors))
+                failures = [_failure(task) for task in tasks]
+                error = diagnose(what, failures, await self._phases(actors))
+                # Ranks that all refused the call are in step with each other; any other mixture is not.
+                self._broken = "" if refused_by_all(failures) else error.message
+                raise error
             if waiting:
-                late = [rank for rank, task in enumerate(tasks) if not task.done()]
+                late = ", ".join(str(rank) for rank, task in enumerate(tasks) if not task.done())
+                self._broken = f"learner.{what}: rank {late} did not answer in time."
                 raise DeadlineError(
-                    f"learner.{what}: rank {', '.join(map(str, late))} did not answer in time. "
-                    f"{await self._phases(actors)}",
+                    f"{self._broken} {await self._phases(actors)}",
                     f"Look at the ranks' logs, or raise learner.{_setting(what)}.",
                 )
-        except (LearnerError, DeadlineError) as error:
-            self._broken = error.message
-            raise
         finally:
             for task in tasks:
                 task.cancel()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Imported on use: an engine's library need not be installed where another engine runs.
 ENGINES = {
     "torch": "treadle.actors.rollout.torch_engine:build",
+    "vllm": "treadle.actors.rollout.vllm_engine:build",
 }
 
 

@@ -7,6 +7,7 @@ L tokens that attention looks back over.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.kv_cache import ATTENTION, PrefillCache, SlotCache
 from treadle.kernels.digest import state_digest
 from treadle.platform.errors import ConfigError, DataError, MismatchError
 
+_LOADING = threading.Lock()  # transformers loses track of tied weights when two threads load at once
 States = list[tuple[torch.Tensor, torch.Tensor]]
 """One sequence's K and V, [K, T, D] per layer."""
 
@@ -37,6 +40,7 @@ class HfModel:
     def __init__(self, config: RolloutConfig, folder: str) -> None:
         self._device = config.device
         self._prefill_tokens = config.prefill_tokens
+        transformers_logging.disable_progress_bar()
         self._model = _load_model(config, folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.eos = _eos_ids(self._model, self.tokenizer, folder)
@@ -134,16 +138,25 @@ def _load_model(config: RolloutConfig, folder: str) -> Any:
     if not Path(folder, "config.json").is_file():
         raise DataError(f"rollout: {folder} has no config.json.", "Give a Hugging Face model folder.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=ATTENTION,
-            local_files_only=True,
-        )
+        with _LOADING:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=ATTENTION,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"rollout: the model in {folder} cannot be loaded: {error}", "Check the model folder."
         ) from error
+    # transformers fills what a file lacks with random numbers and only logs it.
+    unset = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if unset:
+        raise DataError(
+            f"rollout: {folder} lacks {len(unset)} of the model's tensors, {unset[0]} first.",
+            "Export the model again.",
+        )
     if getattr(model, "_is_stateful", False) or not model._supports_attention_backend:
         raise ConfigError(
             f"rollout.engine=torch cannot run {type(model).__name__}: it keeps state outside a key-value cache.",

@@ -55,21 +55,22 @@ class Rows:
     def occupied(self) -> list[int]:
         return np.flatnonzero(self.active).tolist()
 
-    def seat(self, slot: int, row: Row, rule: int) -> None:
-        """Puts a new row into a free slot, before its first token."""
-        prompt = torch.from_numpy(row.issue.prompt.token_ids.astype(np.int64))
-        sampling, length = row.issue.sampling, row.prompt_tokens
-        limit = length + sampling.max_new_tokens
-        seed = derive_seed(sampling.seed, row.issue.prompt.id, row.index, row.issue.version.step)
-        self.members[slot] = row
-        self.lengths[slot], self.limits[slot] = length, limit
-        self.active[slot], self.nucleus[slot] = True, sampling.top_p < 1
-        self.newest[slot] = prompt[-1]
-        self.rule[slot] = rule
-        self.temperature[slot] = sampling.temperature
-        self.top_p[slot] = sampling.top_p
-        self.tokens[slot, :length] = prompt
-        self.uniforms[slot, length:limit] = torch.from_numpy(uniforms(seed, sampling.max_new_tokens))
+    def seat(self, slots: list[int], rows: list[Row], rule: int) -> None:
+        """Puts samples of one issue into free slots, before their first tokens."""
+        issue, length = rows[0].issue, rows[0].prompt_tokens
+        sampling, limit = issue.sampling, length + issue.sampling.max_new_tokens
+        prompt = torch.from_numpy(issue.prompt.token_ids.astype(np.int64)).to(self._device)
+        noise = np.stack([_noise(issue, row.index) for row in rows])
+        for slot, row in zip(slots, rows, strict=True):
+            self.members[slot] = row
+        self.lengths[slots], self.limits[slots] = length, limit
+        self.active[slots], self.nucleus[slots] = True, sampling.top_p < 1
+        self.newest[slots] = prompt[-1]
+        self.rule[slots] = rule
+        self.temperature[slots] = sampling.temperature
+        self.top_p[slots] = sampling.top_p
+        self.tokens[slots, :length] = prompt
+        self.uniforms[slots, length:limit] = torch.from_numpy(noise).to(self._device)
 
     def positions(self, n: int) -> torch.Tensor:
         """Where the newest token of each of the first n rows lies, [n]."""
@@ -130,3 +131,10 @@ class Rows:
 
     def _tokens(self, slot: int, start: int, end: int) -> NDArray[np.int32]:
         return self.tokens[slot, start:end].to(torch.int32).cpu().numpy().copy()
+
+
+def _noise(issue: Issue, index: int) -> NDArray[np.float64]:
+    """The uniforms of one sample's tokens, [max_new_tokens]: the t-th for the t-th drawn token."""
+    sampling = issue.sampling
+    seed = derive_seed(sampling.seed, issue.prompt.id, index, issue.version.step)
+    return uniforms(seed, sampling.max_new_tokens)

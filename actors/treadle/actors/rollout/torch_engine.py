@@ -166,9 +166,12 @@ class TorchEngine:
             assert queued.prefix is not None
             self._cache.put(slots, queued.prefix)
             rule = self._stops.rule(queued.issue.sampling.stop)
-            for offset, slot in enumerate(slots):
-                index = queued.next_index + offset
-                self._rows.seat(slot, Row(issue=queued.issue, index=index, oldest=self.version), rule)
+            first = queued.next_index
+            rows = [
+                Row(issue=queued.issue, index=index, oldest=self.version)
+                for index in range(first, first + len(slots))
+            ]
+            self._rows.seat(slots, rows, rule)
             queued.next_index += len(slots)
         while self._queue and self._queue[0].next_index == self._queue[0].issue.sampling.group_size:
             self._queue.popleft()

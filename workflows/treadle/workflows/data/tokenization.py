@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 # transformers takes seconds to import; commands that only read a recipe must not pay for it.
 
 PAD, EOS = "<pad>", "<eos>"
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 Tokens = NDArray[np.int32]
@@ -49,10 +52,12 @@ def character_tokenizer(alphabet: str, tags: Sequence[str] = TAGS) -> PreTrained
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder. Raises DataError when it cannot be read or has no EOS."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _plain_tokenizer(folder)
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder} holds no usable tokenizer: {error}",
@@ -60,6 +65,17 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         ) from error
     require_eos(tokenizer, folder)
     return tokenizer
+
+
+def _plain_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer if it is nothing but its tokenizer.json, else None: finding out the class of any other takes
+    transformers some seconds of imports."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = Path(folder) / "tokenizer_config.json"
+    if not settings.is_file() or json.loads(settings.read_text()).get("tokenizer_class") not in PLAIN_CLASSES:
+        return None
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase, folder: str) -> int:
