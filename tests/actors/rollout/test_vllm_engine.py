@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +98,7 @@ def weights(folder: str) -> list[tuple[str, torch.Tensor]]:
     return list(model(folder).state_dict().items())
 
 
+@lru_cache
 def model(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -232,10 +234,10 @@ def test_scoring_while_rows_are_drawn_loses_none(engines: Engines, folder: str) 
     probe = [np.arange(2, 40, dtype=np.int32)]
 
     def act(engine: VllmEngine) -> tuple[NDArray[np.float32], dict[tuple[str, int], FinishedSample]]:
-        engine.admit(issue("busy", group_size=8, max_new_tokens=3))
-        engine.step()
-        found = [engine.logprobs(probe) for _ in range(4)]
-        return found[-1], drain(engine)
+        engine.admit(issue("busy", group_size=8, max_new_tokens=6))
+        for _ in range(4):
+            found = engine.logprobs(probe)
+        return found, drain(engine)
 
     found, drawn = engines.do(act)
     np.testing.assert_allclose(found, reference(folder, probe[0].tolist()), atol=1e-4)

@@ -89,6 +89,8 @@ class GrpoConfig:
     """Strings that end a completion, besides EOS."""
     staleness: int = 0
     """η: how many versions old a trained token may be. 0 is on-policy, 1 one step off, k fully asynchronous."""
+    shuffle_rewards: bool = False
+    """A control: rewards are permuted over the samples of a step before credit is given. Accuracy must fall."""
     take_deadline_s: float = 900.0
     """Longest wait for one step's groups."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from treadle.platform.objectives.base import GroupCredit
+import numpy as np
+
+from treadle.platform.objectives.base import GroupCredit, ScoredGroup
 from treadle.platform.records import Credit, Share, StepBatch
+from treadle.platform.seeds import derive_seed
 from treadle.workflows.data.batches import longest_first
 from treadle.workflows.stream import Ready
+
+
+def outcomes(groups: Sequence[Ready], *, step: int, shuffled: bool) -> list[ScoredGroup]:
+    """What the objective sees. `shuffled` permutes the scored rewards over all samples of the step, the same way
+    in every run: a control, in which the same rewards say nothing about the samples that get them."""
+    seen = [group.outcome for group in groups]
+    if not shuffled:
+        return seen
+    rewards = np.concatenate([outcome.rewards for outcome in seen])
+    scored = np.flatnonzero(~np.isnan(rewards))
+    rng = np.random.Generator(np.random.Philox(key=derive_seed("shuffled rewards", step)))
+    rewards[scored] = rewards[rng.permutation(scored)]
+    ends = np.cumsum([len(outcome.rewards) for outcome in seen])
+    return [replace(o, rewards=r) for o, r in zip(seen, np.split(rewards, ends[:-1]), strict=True)]
 
 
 def deal_groups(

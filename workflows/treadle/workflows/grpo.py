@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from treadle.platform.contracts import Prompts
 from treadle.platform.records import StepReport
 from treadle.workflows.configs import GrpoConfig
-from treadle.workflows.dealing import deal_groups
+from treadle.workflows.dealing import deal_groups, outcomes
 from treadle.workflows.journal import Journal
 from treadle.workflows.roles import Roles
 
@@ -30,7 +30,8 @@ async def grpo(
         for step in range(journal.start, config.steps):
             with journal.clock("wait"):
                 groups = await stream.take(step)
-            credits = config.objective.credit([group.outcome for group in groups])
+            seen = outcomes(groups, step=step, shuffled=config.shuffle_rewards)
+            credits = config.objective.credit(seen)
             batch = deal_groups(
                 step,
                 groups,

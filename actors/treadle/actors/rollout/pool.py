@@ -66,6 +66,11 @@ class RolloutPool:
         return {name: m.status for name, m in self._members.items() if m.status is not None}
 
     @property
+    def all_ready(self) -> bool:
+        """Whether every worker can draw: none is being replaced."""
+        return all(member.ready for member in self._members.values())
+
+    @property
     def restarts(self) -> int:
         """Workers replaced so far."""
         return self._budget.total
