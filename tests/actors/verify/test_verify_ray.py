@@ -93,7 +93,7 @@ def test_a_frozen_actor_is_replaced_and_its_group_timed_out(
 def test_a_failpoint_that_kills_the_actor_loses_no_group(ray_session: None, tmp_path: Any) -> None:
     faults = {
         "env_vars": {
-            "TREADLE_FAILPOINTS": "verify.before_return=kill@2;verify.in_child=kill@3",
+            "TREADLE_FAILPOINTS": "verify.before_return=kill@2;verify.in_child=kill@5",
             "TREADLE_FAILPOINTS_ONCE": str(tmp_path),
         }
     }
