@@ -59,11 +59,32 @@ def name(request: pytest.FixtureRequest, ray_session: None) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def fetchers(ray_session: None) -> Iterator[list[ray.actor.ActorHandle]]:
+    """Two engines' processes, for all tests that leave them alive: starting one is what costs."""
+    handles = [Fetcher.remote() for _ in range(2)]
+    yield handles
+    for handle in handles:
+        ray.kill(handle)
+
+
+@pytest.fixture(scope="module")
+def senders(ray_session: None) -> Iterator[dict[str, ray.actor.ActorHandle]]:
+    """One learner process per transport, for all tests that leave it alive."""
+    handles = {name: Sender.remote(name) for name in TRANSPORTS}
+    yield handles
+    for handle in handles.values():
+        ray.kill(handle)
+
+
 @pytest.fixture
-def fetcher(name: str) -> Iterator[ray.actor.ActorHandle]:
-    handle = Fetcher.remote()
-    yield handle
-    ray.kill(handle)
+def fetcher(fetchers: list[ray.actor.ActorHandle]) -> ray.actor.ActorHandle:
+    return fetchers[0]
+
+
+@pytest.fixture
+def sender(senders: dict[str, ray.actor.ActorHandle], name: str) -> ray.actor.ActorHandle:
+    return senders[name]
 
 
 def _version(step: int = 1) -> tuple[WeightManifest, Buckets]:
@@ -75,10 +96,9 @@ def _same(received: Buckets, sent: Buckets) -> bool:
     return len(received) == len(sent) and all(map(np.array_equal, received, sent))
 
 
-def _sent_by_another(name: str) -> tuple[ray.actor.ActorHandle, WeightManifest, Buckets, object]:
+def _sent_by(sender: ray.actor.ActorHandle) -> tuple[WeightManifest, Buckets, object]:
     manifest, buckets = _version()
-    sender = Sender.remote(name)
-    return sender, manifest, buckets, ray.get(sender.send.remote(manifest, buckets))
+    return manifest, buckets, ray.get(sender.send.remote(manifest, buckets))
 
 
 def test_it_keeps_the_protocol(name: str) -> None:
@@ -86,35 +106,25 @@ def test_it_keeps_the_protocol(name: str) -> None:
 
 
 def test_what_is_sent_arrives_bit_by_bit_in_another_process(
-    name: str, fetcher: ray.actor.ActorHandle
+    sender: ray.actor.ActorHandle, fetcher: ray.actor.ActorHandle
 ) -> None:
-    sender, manifest, buckets, ticket = _sent_by_another(name)
+    manifest, buckets, ticket = _sent_by(sender)
     assert len(buckets) > 3
     assert _same(ray.get(fetcher.fetch.remote(manifest, ticket, 20.0)), buckets)
-    ray.kill(sender)
 
 
-def test_many_engines_fetch_one_version_at_once(name: str) -> None:
-    sender, manifest, buckets, ticket = _sent_by_another(name)
-    engines = [Fetcher.remote() for _ in range(3)]
-    arrived = ray.get([engine.fetch.remote(manifest, ticket, 30.0) for engine in engines])
-    assert all(_same(each, buckets) for each in arrived)
-    for handle in (*engines, sender):
-        ray.kill(handle)
-
-
-def test_a_ticket_stays_good_for_an_engine_that_comes_later(name: str) -> None:
-    sender, manifest, buckets, ticket = _sent_by_another(name)
+def test_a_version_is_fetched_by_many_engines_at_once_and_again_later(
+    sender: ray.actor.ActorHandle, fetchers: list[ray.actor.ActorHandle]
+) -> None:
+    manifest, buckets, ticket = _sent_by(sender)
     for _ in range(2):
-        engine = Fetcher.remote()
-        assert _same(ray.get(engine.fetch.remote(manifest, ticket, 20.0)), buckets)
-        ray.kill(engine)
-    ray.kill(sender)
+        arrived = ray.get([engine.fetch.remote(manifest, ticket, 30.0) for engine in fetchers])
+        assert all(_same(each, buckets) for each in arrived)
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing"])
 def test_damaged_buckets_are_refused_and_named(
-    name: str, damage: str, fetcher: ray.actor.ActorHandle
+    sender: ray.actor.ActorHandle, fetcher: ray.actor.ActorHandle, damage: str
 ) -> None:
     manifest, buckets = _version()
     if damage == "missing":
@@ -125,15 +135,14 @@ def test_damaged_buckets_are_refused_and_named(
         bad = buckets[2].copy()
         bad[777] ^= 16
         damaged, found = [*buckets[:2], bad, *buckets[3:]], r"bucket 2 \(.*CRC-32"
-    sender = Sender.remote(name)
     ticket = ray.get(sender.send.remote(manifest, damaged))
     with pytest.raises(BroadcastError, match=found):
         ray.get(fetcher.fetch.remote(manifest, ticket, 20.0))
-    ray.kill(sender)
 
 
 def test_a_dead_sender_is_an_error_and_not_a_hang(name: str, fetcher: ray.actor.ActorHandle) -> None:
-    sender, manifest, _, ticket = _sent_by_another(name)
+    sender = Sender.remote(name)
+    manifest, _, ticket = _sent_by(sender)
     os.kill(ray.get(sender.pid.remote()), signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(sender.pid.remote())
@@ -165,19 +174,18 @@ def test_what_comes_too_late_is_a_deadline_error(name: str) -> None:
     ray.cancel(pending, force=True)
 
 
-def test_a_killed_engine_holds_up_nobody(name: str) -> None:
-    sender, manifest, buckets, ticket = _sent_by_another(name)
-    victim, survivor = Fetcher.remote(), Fetcher.remote()
+def test_a_killed_engine_holds_up_nobody(
+    sender: ray.actor.ActorHandle, fetcher: ray.actor.ActorHandle
+) -> None:
+    manifest, buckets, ticket = _sent_by(sender)
+    victim = Fetcher.remote()
     pid = ray.get(victim.pid.remote())
-    ray.get(survivor.pid.remote())
     hanging = victim.fetch.remote(manifest, ticket, 20.0)
     os.kill(pid, signal.SIGKILL)
     start = time.monotonic()
-    assert _same(ray.get(survivor.fetch.remote(manifest, ticket, 20.0)), buckets)
+    assert _same(ray.get(fetcher.fetch.remote(manifest, ticket, 20.0)), buckets)
     assert time.monotonic() - start < 10
     ray.wait([hanging], timeout=10)
-    for handle in (survivor, sender):
-        ray.kill(handle)
 
 
 def test_a_foreign_ticket_is_refused(name: str) -> None:

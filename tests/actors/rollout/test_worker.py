@@ -113,6 +113,25 @@ def test_weights_of_another_model_leave_the_worker_drawing_with_the_old_ones() -
     with_worker(0.0, use)
 
 
+def test_an_engine_that_breaks_while_adopting_draws_no_more() -> None:
+    """Half-copied weights must never draw."""
+
+    def cut_off(_: WeightManifest, __: object, ___: float) -> list[NDArray[np.uint8]]:
+        return []
+
+    async def use(worker: RolloutWorker, _: list[FakeEngine]) -> None:
+        manifest, buckets = pack(weights_of(3.0).items(), 1, 1 << 20)
+        await worker.stage(manifest, buckets)
+        worker._staged = (manifest, cut_off(manifest, None, 0.0))
+        with pytest.raises(IndexError):
+            await worker.flip(manifest.version)
+        with pytest.raises(EngineFailedError, match="IndexError"):
+            await worker.draw(issue("a"), 0)
+        assert worker.status().version == V0
+
+    with_worker(0.0, use)
+
+
 def test_a_draw_that_needs_newer_weights_is_refused() -> None:
     async def use(worker: RolloutWorker, _: list[FakeEngine]) -> None:
         with pytest.raises(WorkerBehindError, match="holds version 0, test/a needs 1"):

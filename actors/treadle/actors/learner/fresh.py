@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from treadle.actors.learner.imports import without
 from treadle.platform.errors import ConfigError
-
-with without("mlflow", "sklearn", "pandas"):
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +29,14 @@ class ModelShape:
 
 
 def random_model(shape: ModelShape, target: str, seed: int) -> None:
-    """Writes config.json and model.safetensors in fp32 into the local folder `target`, the latter last. The same
-    seed gives the same bytes. Raises `ConfigError` for an architecture transformers does not know."""
+    """Writes config.json and model.safetensors in fp32 into the local folder `target`, which appears complete.
+    The same seed gives the same bytes. Raises `ConfigError` for an architecture transformers does not know."""
+    import torch
+
+    with without("sklearn", "pandas"):  # imported here: the driver knows `ModelShape` and needs neither
+        import transformers
     try:
-        config = AutoConfig.for_model(
+        config = transformers.AutoConfig.for_model(
             shape.architecture,
             vocab_size=shape.vocabulary,
             hidden_size=shape.hidden,
@@ -54,10 +52,11 @@ def random_model(shape: ModelShape, target: str, seed: int) -> None:
             pad_token_id=shape.pad_id,
         )
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError as error:
+        reason = str(error).splitlines()[0][:200]
         raise ConfigError(
-            f"model.architecture={shape.architecture} is no causal language model: {str(error).splitlines()[0][:200]}",
+            f"model.architecture={shape.architecture} is no causal language model: {reason}",
             "Use a transformers model type such as qwen2, llama or mistral.",
         ) from error
     transformers.utils.logging.disable_progress_bar()

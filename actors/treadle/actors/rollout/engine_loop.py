@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from treadle.platform.contracts import Engine, EngineSample
-from treadle.platform.errors import DataError, RolloutError
+from treadle.platform.errors import DataError, MismatchError, RolloutError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.records import Drawn, Group, Issue, Sample, WeightVersion
 
@@ -87,10 +87,18 @@ class EngineLoop:
         return self._put("loading", act)
 
     def adopt(self, version: WeightVersion, adopt: Callable[[Engine], str]) -> Future[str]:
-        """Calls `adopt` between two steps; the engine holds `version` when it returns its digest."""
+        """Calls `adopt` between two steps; the engine holds `version` when it returns its digest. An engine
+        that raises anything but `MismatchError`, which changes nothing, may hold a mixture: it has failed."""
 
         def act() -> str:
-            digest = adopt(self._ready())
+            engine = self._ready()
+            try:
+                digest = adopt(engine)
+            except MismatchError:
+                raise
+            except Exception as error:
+                self._give_up(error, f"adopting version {version.step}")
+                raise
             self.version = WeightVersion(step=version.step, digest=digest)
             return digest
 
@@ -185,15 +193,19 @@ class EngineLoop:
                 self._collect(finished)
             self.progress += 1
         except Exception as error:  # noqa: BLE001  an engine may raise anything; its issues get a typed error
-            self.failure = _one_line(error)
-            self._fail_pending(
-                EngineFailedError(
-                    f"rollout/draw: the engine of worker {self.name} failed at version {self.version.step} while "
-                    f"drawing {', '.join(list(self._pending)[:5])}: {self.failure}",
-                    "See the worker's log for the traceback.",
-                )
+            self._give_up(error, f"drawing {', '.join(list(self._pending)[:5])}")
+
+    def _give_up(self, error: Exception, doing: str) -> None:
+        """The engine is of no more use until another model is loaded."""
+        self.failure = _one_line(error)
+        traceback.print_exc()
+        self._fail_pending(
+            EngineFailedError(
+                f"rollout/draw: the engine of worker {self.name} failed at version {self.version.step} while "
+                f"{doing}: {self.failure}",
+                "See the worker's log for the traceback.",
             )
-            traceback.print_exc()
+        )
 
     def _collect(self, finished: EngineSample) -> None:
         pending = self._pending[finished.issue_id]

@@ -6,7 +6,6 @@ L tokens that attention looks back over.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -221,9 +220,3 @@ def _distinct(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             yield name, tensor
-
-
-def model_dtype(folder: str) -> str:
-    """The dtype a folder's config names, `float32` where it names none."""
-    settings = json.loads(Path(folder, "config.json").read_text())
-    return str(settings.get("dtype") or settings.get("torch_dtype") or "float32")

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from treadle.actors.verify.composite import ScoringSpec
 from treadle.actors.verify.frames import HEADER, MAX_REPLY_BYTES, Progress, encode
+from treadle.platform.failpoints import ENV, ENV_FILE, ENV_ONCE
 
 if TYPE_CHECKING:
     from treadle.platform.records import Json
@@ -33,7 +34,6 @@ SETTLE_S = 0.02
 """Before a kill, time for an answer that has already arrived to be read."""
 REAP_S = 2.0
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "VIRTUAL_ENV")
-_KEPT_PREFIX = "TREADLE_FAILPOINT"
 
 
 class Ending(Enum):
@@ -271,7 +271,9 @@ def _spawn(socket_: socket.socket, progress_fd: int, output: IO[bytes]) -> subpr
 def minimal_environment() -> dict[str, str]:
     """No credentials: a completion may try to have them printed. The import path is this process's own."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    kept |= {name: value for name, value in os.environ.items() if name.startswith(_KEPT_PREFIX)}
+    for name in (ENV, ENV_FILE, ENV_ONCE):
+        if value := os.environ.get(name):
+            kept[name] = value if name == ENV else os.path.abspath(value)
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
     return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 

@@ -27,6 +27,8 @@ def places(a: int, b: int) -> str:
     return f"{parts},{high}+{low}={a + b}"
 
 
+OPENINGS = ("=", ": ")
+CLOSINGS = ("; ", " so ", " = ", ": ")
 CHAINS: Mapping[str, Callable[[int, int], str]] = {"columns": columns, "places": places}
 
 
@@ -38,6 +40,8 @@ class Addition:
     kind: str = "addition"
     digits: int = 2
     """Largest number of digits of an operand."""
+    smallest: int = 0
+    """Smallest operand. From 10^(digits-1) on, all chains have the same columns."""
     chain: str = "columns"
     """How the worked chain goes: columns or places."""
     facts: float = 0.1
@@ -47,11 +51,12 @@ class Addition:
 
     @property
     def size(self) -> int:
-        return 100**self.digits - 100
+        spread = 10**self.digits - self.smallest
+        return spread**2 - max(0, 10 - self.smallest) ** 2
 
     @property
     def alphabet(self) -> str:
-        return letters("0123456789+=,;: ", "sum")
+        return letters("0123456789+=,", *OPENINGS, *CLOSINGS, "sum")
 
     def task(self, number: int) -> Task:
         a, b = self._operands(number)
@@ -75,12 +80,15 @@ class Addition:
             return _fact(*numbered(rest % 200, 10, 10, 2))
         a, b = self._operands(number)
         if share < self.facts + self.worked:
-            return f"{a}+{b}: {CHAINS[self.chain](a, b)}; {a + b}"
+            # Varied separators: with one of them, a model learns to copy the answer behind that one only.
+            opening, closing = numbered(rest % 8, len(OPENINGS), len(CLOSINGS))
+            return f"{a}+{b}{OPENINGS[opening]}{CHAINS[self.chain](a, b)}{CLOSINGS[closing]}{a + b}"
         return f"sum {a} {b} = {a + b}"
 
     def check(self) -> None:
         """Raises ConfigError for settings that cannot work."""
         require_range(self.kind, "digits", self.digits, 2, 18)
+        require_range(self.kind, "smallest", self.smallest, 0, 10**self.digits - 2)
         if self.chain not in CHAINS:
             raise ConfigError(
                 f"addition.chain={self.chain!r} is unknown.", f"Set it to one of: {', '.join(CHAINS)}."
@@ -93,13 +101,16 @@ class Addition:
             )
 
     def _operands(self, number: int) -> list[int]:
-        limit = 10**self.digits
-        short = 10 * (limit - 10)  # tasks whose first operand is a single digit
+        """Pairs from `smallest` on, without those of two single digits: first the pairs whose first operand is a
+        single digit, then the others."""
+        spread = 10**self.digits - self.smallest
+        singles = max(0, 10 - self.smallest)
+        short = singles * (spread - singles)
         if number < short:
-            a, b = numbered(number, 10, limit - 10)
-            return [a, b + 10]
-        a, b = numbered(number - short, limit - 10, limit)
-        return [a + 10, b]
+            a, b = numbered(number, singles, spread - singles)
+            return [a + self.smallest, b + singles + self.smallest]
+        a, b = numbered(number - short, spread - singles, spread)
+        return [a + singles + self.smallest, b + self.smallest]
 
 
 def _fact(x: int, y: int, carry: int) -> str:

@@ -1,0 +1,205 @@
+"""Checkpoints of a stage: what is written in which order, and what a restart finds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.workflows.plain_stage import PlainLearner
+from treadle.platform.checkpoints import Checkpoints
+from treadle.platform.errors import ConfigError, FailpointError
+from treadle.platform.failpoints import arm
+from treadle.platform.ledger import Ledger
+from treadle.platform.records import Json
+from treadle.workflows.saving import CheckpointConfig, CheckpointKeeper, Position
+
+PER_STEP = 2
+
+
+@dataclass
+class Stage:
+    """A stage of two groups per step over real files: a ledger, checkpoints and a plain learner."""
+
+    folder: Path
+    ledger: Ledger
+    learner: PlainLearner
+    keeper: CheckpointKeeper
+
+    def play(self, steps: range) -> None:
+        for step in steps:
+            ids = [f"rl/{PER_STEP * step + i:08d}" for i in range(PER_STEP)]
+            for id_ in ids:
+                self.ledger.issue(id_, f"prompt of {id_}", step)
+                self.ledger.drawn(id_, step, step, 5)
+                self.ledger.scored(id_, scored=1, failed=0, timed_out=0)
+            self.ledger.lease(ids, step)
+            self.learner.state = 1000 + step + 1
+            self.ledger.trained("rl", step)
+            self.save(step + 1)
+
+    def save(self, step: int, *, with_groups: bool = True) -> bool:
+        saving = self.keeper.after_step("rl", step, PER_STEP * step, with_groups=with_groups)
+        return asyncio.run(saving)
+
+    def restored(self) -> Position:
+        return asyncio.run(self.keeper.restore("rl"))
+
+    def committed(self) -> list[int]:
+        return [ref.step for ref in Checkpoints(self.folder / "checkpoints").committed("rl")]
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Iterator[object]:
+    """Opens the stage in the same folder as often as asked, as restarts do."""
+    opened: list[Ledger] = []
+
+    def open_stage(config: CheckpointConfig | None = None) -> Stage:
+        ledger = Ledger.open(tmp_path / "ledger.sqlite")
+        opened.append(ledger)
+        learner = PlainLearner()
+        config = config or CheckpointConfig(every_steps=2, keep=2)
+        keeper = CheckpointKeeper(config, str(tmp_path / "checkpoints"), ledger, learner)
+        return Stage(tmp_path, ledger, learner, keeper)
+
+    yield open_stage
+    for ledger in opened:
+        ledger.close()
+    arm()
+
+
+def test_a_stage_without_a_checkpoint_begins_at_its_beginning(stages) -> None:  # type: ignore[no-untyped-def]
+    stage = stages()
+    assert stage.restored() == Position()
+    assert stage.learner.state == 0
+
+
+def test_only_every_nth_step_is_saved_and_only_the_newest_are_kept(stages) -> None:  # type: ignore[no-untyped-def]
+    stage = stages()
+    stage.play(range(9))
+    assert stage.committed() == [6, 8]
+
+
+def test_nothing_is_saved_when_checkpoints_are_off(stages) -> None:  # type: ignore[no-untyped-def]
+    stage = stages(CheckpointConfig(every_steps=0))
+    stage.play(range(5))
+    assert stage.committed() == []
+
+
+def test_a_restart_continues_after_the_newest_checkpoint_and_forgets_what_came_later(stages) -> None:  # type: ignore[no-untyped-def]
+    stages().play(range(5))
+    again = stages()
+    assert again.restored() == Position(step=4, cursor=8, pending=())
+    assert again.learner.state == 1004
+    assert sorted(again.ledger.trained_ids("rl")) == [0, 1, 2, 3]
+    again.play(range(4, 6))
+    audit = again.ledger.audit("rl")
+    assert (audit.trained, audit.doubled, audit.lost, audit.in_flight) == (12, 0, 0, 0)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_ledger_follows(stages) -> None:  # type: ignore[no-untyped-def]
+    first = stages()
+    first.play(range(4))
+    shard = Path(Checkpoints(first.folder / "checkpoints").url("rl", 4).removeprefix("file://")) / "state.json"
+    shard.write_bytes(bytes(reversed(shard.read_bytes())))
+    again = stages()
+    assert again.restored() == Position(step=2, cursor=4, pending=())
+    assert again.learner.state == 1002
+    assert sorted(again.ledger.trained_ids("rl")) == [0, 1]
+    assert again.committed() == [2]  # the damaged one is made again, not resumed from
+    again.play(range(2, 4))
+    assert again.committed() == [2, 4]
+
+
+def test_groups_in_flight_at_the_checkpoint_are_issued_again(stages) -> None:  # type: ignore[no-untyped-def]
+    stage = stages()
+    stage.play(range(1))
+    stage.ledger.issue("rl/00000009", "ahead of its step", 1)
+    stage.play(range(1, 2))
+    stage.ledger.issue("rl/00000011", "after the mark", 2)
+    restored = stages().restored()
+    assert (restored.step, restored.cursor) == (2, 4)
+    assert 9 in restored.pending
+
+
+@pytest.mark.parametrize(
+    ("point", "steps"),
+    [
+        ("driver.after_shards", 2),
+        ("checkpoint.before_manifest", 2),
+        ("checkpoint.before_marker", 2),
+        ("driver.after_mark", 2),
+        ("driver.after_checkpoint", 4),
+    ],
+)
+def test_whatever_dies_while_saving_the_newest_commit_can_be_continued(stages, point: str, steps: int) -> None:  # type: ignore[no-untyped-def]
+    stage = stages()
+    stage.play(range(2))
+    arm({**os.environ, "TREADLE_FAILPOINTS": f"{point}=raise@1"})
+    with pytest.raises(FailpointError):
+        stage.play(range(2, 4))
+    arm({})
+    again = stages()
+    restored = again.restored()
+    assert (restored.step, again.learner.state) == (steps, 1000 + steps)
+    assert again.committed()[-1] == steps
+    again.play(range(steps, 6))
+    audit = again.ledger.audit("rl")
+    assert (audit.trained, audit.doubled, audit.lost, audit.in_flight) == (12, 0, 0, 0)
+
+
+def test_the_shards_come_first_then_the_mark_then_the_marker(stages) -> None:  # type: ignore[no-untyped-def]
+    stage = stages()
+    found: list[tuple[bool, bool, bool]] = []
+
+    def look() -> None:
+        folder = stage.folder / "checkpoints" / "rl" / "step-00000002"
+        found.append(
+            (
+                (folder / "state.json").exists(),
+                any(mark.step == 2 for mark in stage.ledger.marks("rl")),
+                (folder / "COMMITTED").exists(),
+            )
+        )
+
+    class Looking(PlainLearner):
+        async def save(self, folder: str, extra: Mapping[str, Json]) -> None:
+            look()
+            await super().save(folder, extra)
+            look()
+
+    stage.keeper = CheckpointKeeper(
+        CheckpointConfig(every_steps=2), str(stage.folder / "checkpoints"), stage.ledger, Looking()
+    )
+    for point in ("driver.after_shards", "driver.after_mark"):
+        arm({"TREADLE_FAILPOINTS": f"{point}=raise"})
+        with pytest.raises(FailpointError):
+            stage.save(2)
+        look()
+    arm({})
+    stage.save(2)
+    look()
+    first, written, after_shards = found[:3]
+    assert (first, written, after_shards) == ((False,) * 3, (True, False, False), (True, False, False))
+    assert found[5] == (True, True, False)  # after the mark
+    assert found[-1] == (True, True, True)
+
+
+def test_a_supervised_stage_needs_no_ledger_mark(stages) -> None:  # type: ignore[no-untyped-def]
+    stage = stages()
+    stage.learner.state = 77
+    assert stage.save(2, with_groups=False)
+    assert not stage.save(3, with_groups=False)
+    again = stages()
+    assert again.restored() == Position(step=2, cursor=4)
+    assert again.learner.state == 77
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    for config in (CheckpointConfig(every_steps=-1), CheckpointConfig(keep=0)):
+        with pytest.raises(ConfigError, match="checkpoint.every_steps"):
+            config.check()
