@@ -114,7 +114,9 @@ def hardware() -> str:
     return f"{os.cpu_count()} x {_processor()}, load {os.getloadavg()[0]:.1f}"
 
 
-def run_child(module: str, arguments: Sequence[str], *, log: Path, deadline_s: float, **environment: str) -> None:
+def run_child(
+    module: str, arguments: Sequence[str], *, log: Path, deadline_s: float, **environment: str
+) -> None:
     """Runs `python -m module` in this process group and waits. Raises `RuntimeError` with the log's end if it fails
     or is late; a late one is asked to end, so that it can end what it has started."""
     run_command([sys.executable, "-m", module, *arguments], log=log, deadline_s=deadline_s, **environment)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tests.benchmarks.bench_rows import run_child
 from tests.benchmarks.markov_model import Shape, write_markov_model
+
 from treadle.platform.records import Prompt
 from treadle.workflows.configs import GrpoConfig
 from treadle.workflows.data.tokenization import load_tokenizer

@@ -1,6 +1,6 @@
 """One process of Treadle's side: every role real, its steps timed from the outside.
 
-    python -m tests.benchmarks.step_ours --load demo --folder F --out FILE [--warm 3] [--steps 10] [key=value …]
+python -m tests.benchmarks.step_ours --load demo --folder F --out FILE [--warm 3] [--steps 10] [key=value …]
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tests.benchmarks.bench_rows import Stopwatch
 from tests.benchmarks.step_loads import LOADS, grpo_stage, step_recipe
+
 from treadle.platform import metric_names as names
 from treadle.platform.records import Drawn, Issue, WeightVersion
 from treadle.workflows.api import Recipe, grpo, open_run

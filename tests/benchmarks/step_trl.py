@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-
 from tests.benchmarks.bench_rows import Stopwatch
 from tests.benchmarks.step_loads import LOADS, Load, grpo_stage, ordered_prompts, step_recipe
 from tests.benchmarks.step_ours import StepRun
 from tests.benchmarks.trl_setups import SETUPS, TrlSetup
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
 from treadle.actors.verify.composite import CompositeVerifier, ScoringSpec, make_composite
 from treadle.platform.objectives.dapo import Dapo
 from treadle.workflows.data.tokenization import load_tokenizer
@@ -148,7 +148,10 @@ def measured(load: Load, folder: Path, setup: TrlSetup, warm_steps: int, steps: 
         reward_funcs=rewards,
         args=trainer_config(recipe, setup, total, output),
         train_dataset=Dataset.from_list(
-            [{"prompt": p.text, "verifier": p.verifier, "payload": json.dumps(dict(p.payload))} for p in prompts]
+            [
+                {"prompt": p.text, "verifier": p.verifier, "payload": json.dumps(dict(p.payload))}
+                for p in prompts
+            ]
         ),
         processing_class=tokenizer,
         callbacks=[times],

@@ -22,7 +22,11 @@ class TrlSetup:
     """`cache_implementation` of `generate`; empty is transformers' own choice."""
 
     def described(self) -> str:
-        drawn = "continuous batching" if self.continuous_batching else f"generate ({self.cache or 'dynamic'} cache)"
+        drawn = (
+            "continuous batching"
+            if self.continuous_batching
+            else f"generate ({self.cache or 'dynamic'} cache)"
+        )
         return (
             f"TRL GRPOTrainer, {self.processes} process(es) x {self.threads} thread(s), {drawn}, {self.attention} "
             f"attention, {self.microbatches} micro-batch(es), fp32, fused AdamW, no gradient checkpointing, beta 0"

@@ -90,8 +90,8 @@ def test_characters_and_tags_are_one_token_each_and_decode_exactly() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode([*ids, tokenizer.eos_token_id]) == text + "<eos>"
     assert tokenizer.decode([*ids, tokenizer.eos_token_id, 0], skip_special_tokens=True) == text
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
-    assert len(tokenizer) == len(ALPHABET) + 2 + len(TAGS)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert len(tokenizer) == len(ALPHABET) + 3 + len(TAGS)
 
 
 @settings(max_examples=100, deadline=None)

@@ -140,7 +140,7 @@ def test_two_digit_addition_is_worked_by_columns_in_the_demos_form() -> None:
 def test_corpora_of_addition_are_a_tenth_facts_and_the_rest_worked_sums() -> None:
     generator, pool = Addition(), TaskPool(Addition(), "train", 0.1, seed=1)
     lines = [generator.corpus_line(pool.number_at(i), hash_like(i)) for i in range(20000)]
-    facts = [line for line in lines if ":" not in line]
+    facts = [line for line in lines if "," not in line]
     assert 0.08 < len(facts) / len(lines) < 0.12
     assert all(re.fullmatch(r"\d\+\d(\+1)?=\d+", line) for line in facts)
     assert len(set(facts)) == 200
@@ -259,3 +259,11 @@ def test_an_empty_split_is_refused() -> None:
         TaskPool(Addition(), "test", 0.1, seed=0)
     with pytest.raises(ConfigError, match="heldout_fraction"):
         TaskPool(Addition(), "train", 1.0, seed=0)
+
+
+def test_a_smallest_operand_bounds_both_operands_and_loses_no_pair() -> None:
+    for smallest in (3, 10):
+        generator = Addition(smallest=smallest)
+        pairs = {generator.task(number).id for number in range(generator.size)}
+        wanted = {(a, b) for a in range(smallest, 100) for b in range(smallest, 100) if a > 9 or b > 9}
+        assert pairs == {f"addition-{a}+{b}" for a, b in wanted}

@@ -209,10 +209,10 @@ def test_every_token_of_a_stream_is_a_target_once_an_epoch() -> None:
     assert sorted(targets) == tokens[1:].tolist()
 
 
-def test_documents_are_joined_with_eos(tmp_path: Path) -> None:
+def test_documents_begin_with_bos_and_end_with_eos(tmp_path: Path) -> None:
     url = jsonl(tmp_path, {"text": "ab"}, {"text": "c"}, {"text": "def"})
     blocks = FileCorpusConfig(urls=[url]).build(TOKENIZER, context_tokens=4, seed=0)
-    assert TOKENIZER.decode(blocks.tokens) == "ab<eos>c<eos>def<eos>"
+    assert TOKENIZER.decode(blocks.tokens) == "<bos>ab<eos><bos>c<eos><bos>def<eos>"
     plain = tmp_path / "lines.txt"
     plain.write_text("ab\nc\ndef\n")
     again = FileCorpusConfig(urls=[str(plain)]).build(TOKENIZER, context_tokens=4, seed=0)

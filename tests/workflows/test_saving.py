@@ -42,9 +42,9 @@ class Stage:
             self.ledger.trained("rl", step)
             self.save(step + 1)
 
-    def save(self, step: int, *, with_groups: bool = True) -> bool:
-        saving = self.keeper.after_step("rl", step, PER_STEP * step, with_groups=with_groups)
-        return asyncio.run(saving)
+    def save(self, step: int, *, with_groups: bool = True, cursor: int = -1) -> bool:
+        cursor = PER_STEP * step if cursor < 0 else cursor
+        return asyncio.run(self.keeper.after_step("rl", step, cursor, with_groups=with_groups))
 
     def restored(self) -> Position:
         return asyncio.run(self.keeper.restore("rl"))
@@ -118,12 +118,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_ledger_follows(stages) -> N
 def test_groups_in_flight_at_the_checkpoint_are_issued_again(stages) -> None:  # type: ignore[no-untyped-def]
     stage = stages()
     stage.play(range(1))
-    stage.ledger.issue("rl/00000009", "ahead of its step", 1)
-    stage.play(range(1, 2))
-    stage.ledger.issue("rl/00000011", "after the mark", 2)
-    restored = stages().restored()
-    assert (restored.step, restored.cursor) == (2, 4)
-    assert 9 in restored.pending
+    for number, when in ((4, "before the mark"), (5, "before the mark")):
+        stage.ledger.issue(f"rl/{number:08d}", when, 1)
+    stage.save(2, cursor=6)
+    stage.ledger.issue("rl/00000006", "after the mark", 2)
+    assert stages().restored() == Position(step=2, cursor=6, pending=(4, 5))
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,9 @@ class _LinearLogprob(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], head, bias, temperature)
             lse[part] = torch.logsumexp(logits, dim=-1)
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse[part]
-            expected = torch.exp(logits - lse[part, None]).mul_(logits).sum(-1)
-            entropy[part] = lse[part] - expected
+            logp = logits.sub_(lse[part, None])
+            logprobs[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
+            entropy[part] = logp.exp().mul_(logp).sum(-1).neg_()
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy if entropy_gradient else None)
         ctx.temperature, ctx.rows = temperature, rows
         if not entropy_gradient:
@@ -150,7 +150,7 @@ class _LinearLogprob(torch.autograd.Function):
                 None if entropy is None else (entropy[part], grads[1][part]),
             ).div_(ctx.temperature)
             if d_hidden is not None:
-                d_hidden[part] = _matmul(d_logits, head.to(dtype))
+                d_hidden[part] = _matmul(d_logits.to(head.dtype), head)
             if d_weight is not None:
                 d_weight.addmm_(d_logits.t(), hidden[part].to(dtype))
             if d_bias is not None:

@@ -97,10 +97,6 @@ class VerifyConfig:
         """What the verify actors need from the cluster."""
         return RoleSpec(role="verify", count=self.actors, cpus=self.cpus)
 
-    def role(self) -> RoleSpec:
-        """What the verify actors need from the cluster."""
-        return RoleSpec(role="verify", count=self.actors, cpus=self.cpus)
-
     def check_verifier(self, name: str, where: str) -> None:
         """Raises `ConfigError` when no verifier has this name; `where` says who asks for it."""
         known = sorted({*VERIFIERS, *self.custom})

@@ -62,17 +62,18 @@ class TokenStream:
 def joined(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[tuple[str, str]], at_least: int | None = None
 ) -> NDArray[np.int32]:
-    """Tokens of all (where, text) documents, each followed by EOS; stops once there are `at_least` tokens.
-    Raises DataError naming the document that cannot be encoded."""
+    """Tokens of all (where, text) documents, each followed by EOS, and led by BOS if the tokenizer has one; stops
+    once there are `at_least` tokens. Raises DataError naming the document that cannot be encoded."""
     eos = np.array([require_eos(tokenizer, tokenizer.name_or_path)], dtype=_INT32)
+    bos = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=_INT32)
     pieces: list[NDArray[np.int32]] = []
     total = 0
     source = iter(documents)
     while chunk := list(islice(source, _CHUNK)):
         names = [where for where, _ in chunk]
         for tokens in encode_many(tokenizer, [text for _, text in chunk], names.__getitem__):
-            pieces += [tokens, eos]
-            total += len(tokens) + 1
+            pieces += [bos, tokens, eos]
+            total += len(bos) + len(tokens) + 1
             if at_least is not None and total >= at_least:
                 return np.concatenate(pieces)
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=_INT32)

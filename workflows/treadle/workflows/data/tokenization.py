@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # transformers takes seconds to import; commands that only read a recipe must not pay for it.
 
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -25,9 +25,9 @@ Tokens = NDArray[np.int32]
 
 
 def character_tokenizer(alphabet: str, tags: Sequence[str] = TAGS) -> PreTrainedTokenizerFast:
-    """One token per character of `alphabet`, one per tag, and `<pad>` and `<eos>` (ids 0 and 1).
+    """One token per character of `alphabet`, one per tag, and `<pad>`, `<eos>`, `<bos>` (ids 0, 1 and 2).
 
-    Decoding joins without spaces and gives the text back. Only pad and EOS count as special, so tags survive
+    Decoding joins without spaces and gives the text back. Only these three count as special, so tags survive
     `skip_special_tokens=True` as well. There is no unknown token: a foreign character is an error. The result
     round-trips through `save_pretrained` and `AutoTokenizer`.
     """
@@ -39,14 +39,18 @@ def character_tokenizer(alphabet: str, tags: Sequence[str] = TAGS) -> PreTrained
         raise ConfigError(
             f"The alphabet holds {''.join(twice)!r} more than once.", "List each character once."
         )
-    words = [PAD, EOS, *tags, *alphabet]
+    words = [PAD, EOS, BOS, *tags, *alphabet]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([PAD, EOS])
+    tokenizer.add_special_tokens([PAD, EOS, BOS])
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        clean_up_tokenization_spaces=False,
     )
 
 
