@@ -81,7 +81,7 @@ def write_markov_model(
             tie_word_embeddings=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
+            bos_token_id=tokenizer.bos_token_id,
         )
     )
     basis = torch.linalg.qr(torch.randn(shape.hidden, len(vocabulary))).Q.T  # [V, d], rows orthonormal

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -87,10 +87,10 @@ def open_session(
     """Ray for the duration of a `with`. Call it in the main thread: an embedded cluster dies with the thread
     that started it, which is also what leaves no process behind when this one is killed.
 
-    `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. `logs` is a folder
-    that keeps what its processes have written (a running cluster keeps its own). SIGTERM
-    inside the block goes to the program's own handler, or raises `SystemExit` where it has none, so that
-    everything is closed. Raises `ClusterError`.
+    `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. `logs` is a
+    folder that keeps what its processes have written (a running cluster keeps its own). SIGTERM inside the
+    block goes to the program's own handler, or raises `SystemExit` where it has none, so that everything is
+    closed. Raises `ClusterError`.
     """
     prepare_environment(config.token_file)
     _refuse_a_second_session()
@@ -127,6 +127,7 @@ def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | Non
         yield _session(ray, embedded=True)
     finally:
         ray.shutdown()
+        _end_processes(folder)
         if logs is not None:
             _keep_logs(Path(folder), logs)
         shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +164,7 @@ def _attached(config: ClusterConfig) -> Iterator[Session]:
 def _init(ray: object, **options: object) -> None:
     """`ray.init` with its many ways to fail in one."""
     try:
-        ray.init(namespace="treadle", logging_level="error", log_to_driver=False, **options)  # type: ignore[attr-defined]
+        _try_to_init(ray, options)
     except Exception as error:
         if options["address"] == "local":
             remedy = (
@@ -172,6 +173,30 @@ def _init(ray: object, **options: object) -> None:
         else:
             remedy = "A driver must run on a machine of the cluster; from elsewhere, use `treadle submit`."
         raise ClusterError(f"Ray does not start: {_first_line(error)}", remedy) from error
+
+
+def _try_to_init(ray: object, options: Mapping[str, object]) -> None:
+    """Ray gives a new node 30 s, which a crowded machine may exceed when everything is read for the first
+    time; the second attempt finds it in memory."""
+    for attempt in range(2):
+        try:
+            ray.init(  # type: ignore[attr-defined]
+                namespace="treadle", logging_level="error", log_to_driver=False, **options
+            )
+            return
+        except Exception as error:
+            if attempt or "timed out during startup" not in str(error):
+                raise
+            _end_processes(str(options["_temp_dir"]))
+
+
+def _end_processes(folder: str) -> None:
+    """Ends this process's children that work in `folder`: a start that fails leaves its first processes
+    behind."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if any(folder in word for word in child.cmdline()):
+                child.kill()
 
 
 def _session(ray: object, *, embedded: bool) -> Session:

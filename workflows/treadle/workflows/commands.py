@@ -34,8 +34,9 @@ def run(
     """Checks the recipe and its data, then runs it. Nothing is started, and no folder made, if a check fails."""
     recipe = _addressed(load_recipe(source, overrides), address)
     if dry_run:
-        _check_inputs(recipe)
-        return {"recipe": recipe.name, "stages": list(recipe.stages), "text": to_yaml(recipe)}
+        skipped = _check_inputs(recipe)
+        text = to_yaml(recipe)
+        return {"recipe": recipe.name, "stages": list(recipe.stages), "skipped_rows": skipped, "text": text}
     target = folder or Path("runs") / recipe.name
     RunFolder.clear(target, fresh=fresh)
     return _play(recipe, target, as_json)
@@ -124,10 +125,12 @@ def _addressed(recipe: Recipe, address: str) -> Recipe:
     return replace(recipe, cluster=replace(recipe.cluster, address=address)) if address else recipe
 
 
-def _check_inputs(recipe: Recipe) -> None:
+def _check_inputs(recipe: Recipe) -> dict[str, int]:
+    """Builds every stage's data as a run would. Returns how many broken rows each leaves out."""
     with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
         folder = recipe.tokenizer.write(Path(scratch) / "tokenizer")
-        build_inputs(recipe, load_tokenizer(str(folder)))
+        inputs = build_inputs(recipe, load_tokenizer(str(folder)))
+    return {name: stage.skipped for name, stage in inputs.items() if stage.skipped}
 
 
 def _play(recipe: Recipe, path: Path, as_json: bool) -> Result:

@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replaces the file with the object."""
-    replace_file(path, json.dumps(value, indent=1, sort_keys=True))
+    replace_file(path, json.dumps(value, indent=1))
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -10,7 +10,9 @@ from treadle.platform.contracts import Prompts
 from treadle.platform.errors import DataError
 from treadle.platform.seeds import derive_seed
 from treadle.workflows.configs import DistillConfig, GrpoConfig, PretrainConfig, SftConfig, StageConfig
-from treadle.workflows.data.batches import RowSource
+from treadle.workflows.data.batches import RowList, RowSource
+from treadle.workflows.data.corpus import TokenStream
+from treadle.workflows.data.prompts import FilePrompts
 from treadle.workflows.data.registry import PromptsConfig
 from treadle.workflows.recipe import Recipe
 
@@ -22,6 +24,12 @@ class StageInputs:
     rows: RowSource | None = None
     train: Prompts | None = None
     heldout: Prompts | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Broken rows that `skip_bad` left out of the stage's files."""
+        sources = (self.rows, self.train or self.heldout)
+        return sum(s.skipped for s in sources if isinstance(s, TokenStream | RowList | FilePrompts))
 
 
 def stage_seed(recipe: Recipe, stage: str) -> int:

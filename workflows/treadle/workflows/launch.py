@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from treadle.workflows.crew import engine_specs, open_crew, open_engines, role_s
 from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.evaluate import EvalReport, evaluate
 from treadle.workflows.folder import RunFolder, write_json
-from treadle.workflows.inputs import build_inputs, stage_inputs
+from treadle.workflows.inputs import StageInputs, build_inputs, stage_inputs
 from treadle.workflows.models import check_model_folder
 from treadle.workflows.outputs import finished, record
 from treadle.workflows.recipe import Recipe
@@ -56,6 +56,7 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     tracker = RunTracker(
         folder.path, recipe.tracking, name=recipe.name, settings=flatten(recipe), json_mode=quiet
     )
+    _tell_skipped(tracker, inputs)
     status = "failed"
     attempts = int(folder.state().get("attempts", 0)) + 1
     folder.set_state(state="running", pid=os.getpid(), attempts=attempts, started_unix_s=time.time())
@@ -91,6 +92,7 @@ async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
         for name, config in recipe.stages.items():
             output = finished(folder, name, run.key(name))
             if output is None:
+                run.entered()
                 output = await run_stage(run, name, config)
                 record(folder, output)
             run.outputs[name] = output
@@ -98,6 +100,13 @@ async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
         write_json(folder.summary, summary)
     _draw_report(folder)
     return summary
+
+
+def _tell_skipped(tracker: RunTracker, inputs: Mapping[str, StageInputs]) -> None:
+    for name, stage in inputs.items():
+        if stage.skipped:
+            tracker.event("rows_skipped", {"rows": stage.skipped}, stage=name)
+            tracker.say(f"warning: stages.{name}: {stage.skipped} broken rows are left out (skip_bad)")
 
 
 def _draw_report(folder: RunFolder) -> None:

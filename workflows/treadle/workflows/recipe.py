@@ -24,7 +24,7 @@ from treadle.workflows.configs import (
     StageConfig,
     TrainedConfig,
 )
-from treadle.workflows.evaluate import EvaluateConfig
+from treadle.workflows.evaluate import ACCURACY_PART, EvaluateConfig
 from treadle.workflows.models import ModelConfig
 from treadle.workflows.saving import CheckpointConfig
 from treadle.workflows.tokenizers import TokenizerConfig
@@ -66,6 +66,7 @@ class Recipe:
             raise ConfigError(
                 "stages: the recipe has none.", "Add at least one stage, e.g. stages.grpo.kind=grpo."
             )
+        _check_accuracy(self.verify)
         earlier: dict[str, StageConfig] = {}
         for name, stage in self.stages.items():
             where = f"stages.{name}"
@@ -78,6 +79,15 @@ class Recipe:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe from a file, an fsspec URL or by the name of a shipped one. Raises `ConfigError`."""
     return load(Recipe, source, overrides, library=RECIPES)
+
+
+def _check_accuracy(verify: VerifyConfig) -> None:
+    if verify.parts.get(ACCURACY_PART, 1.0) != 1.0:
+        raise ConfigError(
+            f"verify.parts.{ACCURACY_PART}={verify.parts[ACCURACY_PART]}: accuracy is read off the weighted part, a "
+            "right answer is one of 1.",
+            f"Set verify.parts.{ACCURACY_PART}=1 and weigh the other parts against it.",
+        )
 
 
 def _check_name(name: str) -> None:

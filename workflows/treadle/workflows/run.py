@@ -58,6 +58,10 @@ class Run:
     def roles(self) -> Roles:
         return self.crew.roles
 
+    def entered(self) -> None:
+        """A stage begins: its wall time counts from here."""
+        self._stage_started = time.monotonic()
+
     def stepped(self) -> None:
         """Counts a step. After the first one of a run, what later stages need comes up in the background."""
         self.steps += 1
@@ -94,7 +98,6 @@ class Run:
         self, name: str, config: TrainedConfig, objective: Objective, *, steps: int, engines: bool
     ) -> AsyncIterator[Journal]:
         """Sets the learner (and the engines) to the stage's model, or to its newest committed checkpoint."""
-        self._stage_started = time.monotonic()
         self._model = str(await self.model_folder(name, config))
         optim = replace(config.optim, total_steps=config.optim.total_steps or steps)
         await self.crew.set_learner(self._model, optim, objective)
@@ -173,6 +176,8 @@ class Run:
         """The content address of a stage: its settings, the stages it builds on, tokenizer and seed."""
         config = self.recipe.stages[name]
         needed = {config.model.stage, getattr(config, "teacher", "")} - {""}
+        if isinstance(config, GrpoConfig):
+            config = replace(config, take_deadline_s=0.0)  # how long one waits is no part of a result
         upstream = {n: self.outputs[n] for n in needed}
         prints = fingerprint(
             {"stage": config, "tokenizer": self.recipe.tokenizer, "verify": self.recipe.verify.parts}
