@@ -13,7 +13,7 @@ from collections.abc import Iterator
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  the name is Ray's
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["DS_ACCELERATOR"] = "cpu"

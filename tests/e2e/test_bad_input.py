@@ -68,7 +68,11 @@ def many(count: int = 30) -> list[str]:
 
 def refused(cli: Cli, *words: str | Path, naming: tuple[str, ...]) -> Answer:
     """Runs the recipe for real (no --dry-run) and checks how it is refused."""
-    settings = words if any("prompts.url=" in str(w) for w in words) else (f"stages.rl.prompts.url={PROMPTS}", *words)
+    settings = (
+        words
+        if any("prompts.url=" in str(w) for w in words)
+        else (f"stages.rl.prompts.url={PROMPTS}", *words)
+    )
     answer = cli("run", TINY, *settings, "--dir", "refused")
     assert answer.code == 2, answer
     assert answer.out == ""
@@ -91,7 +95,10 @@ SETTINGS = {
         ["~stages.rl.model", "stages.rl.model.stage=nope"],
         ("stages.rl.model.stage=nope", "earlier stage"),
     ),
-    "a group of one with a group baseline": (["stages.rl.group_size=1"], ("stages.rl.group_size=1", "2 or more")),
+    "a group of one with a group baseline": (
+        ["stages.rl.group_size=1"],
+        ("stages.rl.group_size=1", "2 or more"),
+    ),
     "truncated sampling off-policy": (
         ["stages.rl.top_p=0.9", "stages.rl.staleness=1"],
         ("stages.rl.top_p=0.9", "stages.rl.staleness=1"),
@@ -154,7 +161,9 @@ def test_broken_lines_are_counted_where_that_is_asked_for(cli: Cli, tmp_path: Pa
 
 def test_a_prompt_longer_than_the_context_is_named(cli: Cli, tmp_path: Path) -> None:
     lines = [*many(), row(id="the-long-one", prompt="1+" * 20 + "1=")]
-    refused(cli, rows(tmp_path, *lines), "stages.rl.prompts.heldout_fraction=0.2", naming=("the-long-one", "26"))
+    refused(
+        cli, rows(tmp_path, *lines), "stages.rl.prompts.heldout_fraction=0.2", naming=("the-long-one", "26")
+    )
 
 
 def test_a_character_without_a_token_is_named_with_its_prompt(cli: Cli, tmp_path: Path) -> None:
@@ -234,7 +243,10 @@ def test_a_broken_recipe_is_refused_with_its_line(cli: Cli) -> None:
 def test_a_folder_without_a_run_is_refused_by_every_command_that_needs_one(cli: Cli, command: str) -> None:
     answer = cli(command, "nowhere")
     assert (answer.code, answer.out) == (2, "")
-    assert answer.err == "treadle: DataError: nowhere holds no run (no config.yaml). Name a folder that `treadle run` made.\n"
+    assert (
+        answer.err
+        == "treadle: DataError: nowhere holds no run (no config.yaml). Name a folder that `treadle run` made.\n"
+    )
     assert not Path("nowhere").exists()
 
 
@@ -309,7 +321,7 @@ assert not heavy, heavy
     assert "resume" in done.stdout
 
 
-def test_listing_recipes_and_checking_a_folder_import_neither_torch_nor_ray() -> None:
+def test_looking_at_a_run_imports_neither_torch_nor_ray() -> None:
     program = """
 import sys
 from treadle.workflows.cli import main
@@ -318,7 +330,8 @@ try:
     main()
 except SystemExit as stop:
     assert stop.code == 2
-assert not {"torch", "ray", "transformers"} & set(sys.modules), "heavy"
+heavy = {"torch", "ray", "transformers", "mlflow"} & set(sys.modules)
+assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

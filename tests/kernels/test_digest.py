@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from treadle.kernels import digest
 from treadle.kernels.digest import Partial, change, combine, elements_digest, partial_digest, state_digest
 

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tests.workflows.plain_roles import NumberedPrompts
+
 from treadle.platform.objectives.base import GroupCredit
-from treadle.platform.records import Drawn, Share, StepBatch, StopReason, Verdict, VerdictStatus, WeightVersion
+from treadle.platform.records import (
+    Drawn,
+    Share,
+    StepBatch,
+    StopReason,
+    Verdict,
+    VerdictStatus,
+    WeightVersion,
+)
 from treadle.workflows.dealing import deal_groups, outcomes
 from treadle.workflows.stream import Ready, outcome_of
 
@@ -59,9 +67,7 @@ groups_of_lengths = st.lists(
 
 
 @given(lengths=groups_of_lengths, ranks=st.integers(min_value=1, max_value=5))
-def test_every_sample_is_dealt_exactly_once_with_its_own_credit(
-    lengths: list[list[int]], ranks: int
-) -> None:
+def test_every_sample_is_dealt_exactly_once_with_its_own_credit(lengths: list[list[int]], ranks: int) -> None:
     groups = [ready(g, [1.0] * len(row), row) for g, row in enumerate(lengths)]
     credits = [
         credit([100.0 * g + i + 1 for i in range(len(row))], [0.01 * (i + 1) for i in range(len(row))])
@@ -69,7 +75,9 @@ def test_every_sample_is_dealt_exactly_once_with_its_own_credit(
     ]
     batch = deal_groups(7, groups, credits, ranks=ranks, temperature=0.7, keep_zero_advantage=False)
     assert (batch.step, batch.temperature, len(batch.rows)) == (7, 0.7, ranks)
-    assert dealt(batch) == Counter((f"rl/{g:08d}", i) for g, row in enumerate(lengths) for i in range(len(row)))
+    assert dealt(batch) == Counter(
+        (f"rl/{g:08d}", i) for g, row in enumerate(lengths) for i in range(len(row))
+    )
     for row in batch.rows:
         for share in row:
             assert isinstance(share, Share)

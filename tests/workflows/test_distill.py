@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tests.workflows.plain_roles import CoinRollouts, DigitVerifiers, NumberedPrompts
 from tests.workflows.plain_stage import PlainBroadcast, PlainLearner
+
 from treadle.platform.errors import DataError
 from treadle.platform.records import Drawn, Sampling, Verdict, VerdictStatus, WeightVersion
 from treadle.workflows.distill import VerifiedSet, verified_answers
@@ -60,9 +60,7 @@ def answers(
             roles,
             NumberedPrompts(),
             count=count,
-            sampling=Sampling(
-                temperature=1.0, top_p=1.0, max_new_tokens=1, group_size=samples, seed=5
-            ),
+            sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1, group_size=samples, seed=5),
             label="student/teacher",
             version=VERSION,
             keep_per_prompt=keep,

@@ -7,8 +7,8 @@ import itertools
 import math
 
 import pytest
-
 from tests.workflows.plain_roles import CoinRollouts, DigitVerifiers, NumberedPrompts
+
 from treadle.platform.errors import ConfigError, VerifierError
 from treadle.platform.records import Verdict, VerdictStatus, WeightVersion
 from treadle.workflows.evaluate import EvalReport, EvaluateConfig, correctness, evaluate, pass_at_k
@@ -81,9 +81,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_a_group_the_verifier_fails_on_is_left_out_and_counted() -> None:
     whole = evaluated(EvaluateConfig(prompts=20, samples=2, greedy=False), skill=1.0)
     broken = DigitVerifiers(broken=lambda group: int(group.rsplit("/", 1)[1]) % 4 == 0)
-    partial = evaluated(
-        EvaluateConfig(prompts=20, samples=2, greedy=True), skill=1.0, verifiers=broken
-    )
+    partial = evaluated(EvaluateConfig(prompts=20, samples=2, greedy=True), skill=1.0, verifiers=broken)
     assert (whole.sampled, whole.unscored, whole.n) == (1.0, 0, 20)
     assert (partial.sampled, partial.greedy, partial.unscored, partial.n) == (1.0, 1.0, 10, 15)
     assert "unscored 10" in partial.line()

@@ -12,9 +12,9 @@ from typing import TextIO
 
 import numpy as np
 import pytest
-
 from tests.workflows.plain_roles import CoinRollouts, DigitVerifiers, NumberedPrompts
 from tests.workflows.plain_stage import PlainBroadcast, PlainLearner
+
 from treadle.platform.errors import FailpointError
 from treadle.platform.failpoints import arm
 from treadle.platform.ledger import Ledger

@@ -18,7 +18,14 @@ from treadle.workflows.recipe import load_recipe
 from treadle.workflows.run import Run
 
 REPORT = EvalReport(
-    sampled=0.5, greedy=None, n=4, samples=2, ci95=0.1, pass_at_k=((1, 0.5), (2, 0.75)), unscored=1, mean_length=3.5
+    sampled=0.5,
+    greedy=None,
+    n=4,
+    samples=2,
+    ci95=0.1,
+    pass_at_k=((1, 0.5), (2, 0.75)),
+    unscored=1,
+    mean_length=3.5,
 )
 OUTPUT = StageOutput(
     stage="sft",

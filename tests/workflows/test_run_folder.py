@@ -21,7 +21,9 @@ def recipe(*overrides: str) -> Recipe:
 def test_a_new_folder_holds_the_resolved_recipe_and_what_it_changes(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path / "run", recipe("seed=9"))
     assert load_recipe(folder.config) == recipe("seed=9")
-    changes = {key: (default, value) for key, default, value in read_json_list(folder.path / "config_diff.json")}
+    changes = {
+        key: (default, value) for key, default, value in read_json_list(folder.path / "config_diff.json")
+    }
     assert changes["seed"] == (0, 9)
     assert "learner.step_deadline_s" not in changes
 
@@ -107,7 +109,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "nonsense"])
 def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(DataError, match="run.json"):
+    with pytest.raises(DataError, match=r"run\.json"):
         RunFolder(tmp_path).state()
 
 

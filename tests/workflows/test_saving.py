@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from tests.workflows.plain_stage import PlainLearner
+
 from treadle.platform.checkpoints import Checkpoints
 from treadle.platform.errors import ConfigError, FailpointError
 from treadle.platform.failpoints import arm
@@ -104,7 +104,9 @@ def test_a_restart_continues_after_the_newest_checkpoint_and_forgets_what_came_l
 def test_a_damaged_checkpoint_is_passed_over_and_the_ledger_follows(stages) -> None:  # type: ignore[no-untyped-def]
     first = stages()
     first.play(range(4))
-    shard = Path(Checkpoints(first.folder / "checkpoints").url("rl", 4).removeprefix("file://")) / "state.json"
+    shard = (
+        Path(Checkpoints(first.folder / "checkpoints").url("rl", 4).removeprefix("file://")) / "state.json"
+    )
     shard.write_bytes(bytes(reversed(shard.read_bytes())))
     again = stages()
     assert again.restored() == Position(step=2, cursor=4, pending=())
@@ -135,7 +137,9 @@ def test_groups_in_flight_at_the_checkpoint_are_issued_again(stages) -> None:  #
         ("driver.after_checkpoint", 4),
     ],
 )
-def test_whatever_dies_while_saving_the_newest_commit_can_be_continued(stages, point: str, steps: int) -> None:  # type: ignore[no-untyped-def]
+def test_whatever_dies_while_saving_the_newest_commit_can_be_continued(
+    stages, point: str, steps: int
+) -> None:  # type: ignore[no-untyped-def]
     stage = stages()
     stage.play(range(2))
     arm({**os.environ, "TREADLE_FAILPOINTS": f"{point}=raise@1"})
@@ -200,5 +204,5 @@ def test_a_supervised_stage_needs_no_ledger_mark(stages) -> None:  # type: ignor
 
 def test_settings_that_cannot_work_are_refused() -> None:
     for config in (CheckpointConfig(every_steps=-1), CheckpointConfig(keep=0)):
-        with pytest.raises(ConfigError, match="checkpoint.every_steps"):
+        with pytest.raises(ConfigError, match=r"checkpoint\.every_steps"):
             config.check()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from tests.workflows.plain_roles import CoinRollouts, DigitVerifiers, ListBook, NumberedPrompts
+
 from treadle.platform.errors import DeadlineError, RolloutError
 from treadle.platform.records import Sampling, WeightVersion
 from treadle.workflows.stream import GroupStream, Ready
@@ -89,7 +89,7 @@ def test_no_trained_group_is_older_than_the_bound(staleness: int) -> None:
     async def learn(step: int) -> None:
         await asyncio.sleep(0.005)
 
-    batches, book, _ = played(12, rollouts, learn=learn, staleness=staleness)
+    batches, _, _ = played(12, rollouts, learn=learn, staleness=staleness)
     ages = [step - ready.drawn.oldest.step for step, batch in enumerate(batches) for ready in batch]
     assert max(ages) <= staleness
     assert max(ages) > 0, "nothing was drawn ahead of the learner"
@@ -134,7 +134,7 @@ def test_groups_of_a_broken_verifier_are_replaced_and_never_count_as_zero() -> N
 
 
 def test_dynamic_sampling_keeps_only_groups_with_different_rewards() -> None:
-    batches, book, _ = played(3, CoinRollouts(), drop_zero_variance=True)
+    batches, _, _ = played(3, CoinRollouts(), drop_zero_variance=True)
     assert all(np.ptp(ready.outcome.rewards) > 0 for batch in batches for ready in batch)
     again, _, _ = played(3, CoinRollouts(), drop_zero_variance=True)
     assert [ids(b) for b in batches] == [ids(b) for b in again]

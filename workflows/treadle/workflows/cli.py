@@ -110,9 +110,9 @@ def submit(
 @app.command()
 def status(run_folder: RunArg, as_json: AsJson = False) -> None:
     """Say where a run stands: state, stage, step, samples, last figures."""
-    from treadle.workflows import commands
+    from treadle.workflows import inspection
 
-    _finish(commands.status(run_folder), as_json)
+    _finish(inspection.status(run_folder), as_json)
 
 
 @app.command("eval")
@@ -141,17 +141,17 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a stage's model as Hugging Face safetensors, checked by reading it back."""
-    from treadle.workflows import commands
+    from treadle.workflows import inspection
 
-    _finish(commands.export(run_folder, stage, to), as_json)
+    _finish(inspection.export(run_folder, stage, to), as_json)
 
 
 @app.command()
 def report(run_folder: RunArg, as_json: AsJson = False) -> None:
     """Draw RUN/report.html: one self-contained page."""
-    from treadle.workflows import commands
+    from treadle.workflows import inspection
 
-    _finish(commands.report(run_folder), as_json)
+    _finish(inspection.report(run_folder), as_json)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What the commands of the command line do. Each returns a result that prints as JSON, or as its `text`."""
+"""What the commands that start something do. Each returns a result that prints as JSON, or as its `text`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from treadle.platform.config import to_yaml
-from treadle.platform.errors import ConfigError, DataError
+from treadle.platform.errors import ConfigError
 from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.folder import RunFolder, replace_file
 from treadle.workflows.inputs import build_inputs
 from treadle.workflows.outputs import outputs_of
-from treadle.workflows.progress import alive, describe
+from treadle.workflows.progress import alive
 from treadle.workflows.recipe import Recipe, load_recipe, recipe_names
 
 Result = dict[str, Any]
@@ -55,50 +55,12 @@ def resume(path: Path, address: str, *, as_json: bool) -> Result:
     return _play(recipe, path, as_json)
 
 
-def status(path: Path) -> Result:
-    """Where a run stands, read from its folder alone."""
-    return describe(RunFolder.existing(path))
-
-
 def evaluate_model(model: Path, source: str, overrides: Sequence[str], address: str) -> Result:
     """Evaluates any model folder on a recipe's held-out prompts."""
     from treadle.workflows.launch import evaluate_folder
 
     found = asyncio.run(evaluate_folder(_addressed(load_recipe(source, overrides), address), model))
     return {"model": str(model), **found.as_json(), "text": found.line()}
-
-
-def export(path: Path, stage: str, to: Path | None) -> Result:
-    """Writes a finished stage's model somewhere, checked."""
-    from treadle.workflows.export import export_model
-
-    folder = RunFolder.existing(path)
-    with_model = {name: o for name, o in outputs_of(folder).items() if o.model and o.kind != "export"}
-    if not with_model:
-        raise DataError(
-            f"{path} has no finished stage with a model.", f"Continue it with `treadle resume {path}`."
-        )
-    chosen = stage or list(with_model)[-1]
-    if chosen not in with_model:
-        raise ConfigError(
-            f"{path} has no finished stage {chosen}.", f"Choose one of: {', '.join(with_model)}."
-        )
-    target = to or folder.path / "export" / chosen
-    export_model(folder.artifact(chosen), target, with_model[chosen].digest)
-    return {
-        "stage": chosen,
-        "model": str(target),
-        "digest": with_model[chosen].digest,
-        "text": f"{chosen} → {target}",
-    }
-
-
-def report(path: Path) -> Result:
-    """Draws the report again from the run folder."""
-    from treadle.dashboards.report import write_report
-
-    page = write_report(RunFolder.existing(path).path)
-    return {"report": str(page), "text": str(page)}
 
 
 def list_recipes() -> Result:
