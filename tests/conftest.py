@@ -1,5 +1,5 @@
 """Fixtures shared by all tests. Ray is started privately: own folder, own ports, own token; only processes
-this session started are ended."""
+the tests started are ended."""
 
 from __future__ import annotations
 

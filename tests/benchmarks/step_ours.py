@@ -11,7 +11,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class WatchedRollouts:
     async def load(self, model_folder: str, version: WeightVersion = WeightVersion(step=0)) -> None:
         await self._rollouts.load(model_folder, version)
 
-    async def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32] | object:
+    async def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> Mapping[str, NDArray[np.float32]]:
         return await self._rollouts.logprobs(sequences)
 
     def take_busy_s(self) -> float:

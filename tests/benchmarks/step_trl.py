@@ -23,7 +23,8 @@ from tests.benchmarks.step_loads import LOADS, Load, grpo_stage, ordered_prompts
 from tests.benchmarks.step_ours import StepRun
 from tests.benchmarks.trl_setups import SETUPS, TrlSetup
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treadle.actors.verify.composite import CompositeVerifier, ScoringSpec, make_composite
 from treadle.platform.objectives.dapo import Dapo
@@ -68,7 +69,7 @@ class Rewards:
         return sum(value for _, value in self._verifiers[name].score(text, payload, finished))
 
 
-class StepTimes(TrainerCallback):
+class StepTimes(TrainerCallback):  # type: ignore[misc]  # transformers is read as untyped
     """Seconds between the ends of two optimizer steps."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from treadle.platform.config import to_yaml
 from treadle.platform.errors import ConfigError
 from treadle.workflows.data.tokenization import load_tokenizer
-from treadle.workflows.folder import RunFolder, replace_file
+from treadle.workflows.folder import RunFolder, read_json, replace_file
 from treadle.workflows.inputs import build_inputs
 from treadle.workflows.outputs import outputs_of
 from treadle.workflows.progress import alive
@@ -49,6 +49,8 @@ def resume(path: Path, address: str, *, as_json: bool) -> Result:
     state = target.state()
     if state.get("state") == "running" and alive(int(state.get("pid", 0))):
         raise ConfigError(f"{path} is being run by process {state['pid']}.", "Stop that process first.")
+    if state.get("state") == "finished" and target.summary.exists():
+        return {**read_json(target.summary), "text": _text(target)}
     if address:
         recipe = _addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
@@ -99,7 +101,11 @@ def _play(recipe: Recipe, path: Path, as_json: bool) -> Result:
     from treadle.workflows.launch import play
 
     summary = asyncio.run(play(recipe, path, quiet=as_json))
-    outputs = outputs_of(RunFolder(path)).items()
-    lines = [f"{name:>10}  {output.evaluation.line()}" for name, output in outputs if output.evaluation]
-    lines.append(f"{'report':>10}  {path / 'report.html'}")
-    return {**summary, "text": "\n".join(lines)}
+    return {**summary, "text": _text(RunFolder(path))}
+
+
+def _text(folder: RunFolder) -> str:
+    """Each stage's evaluation, and where the report is."""
+    evaluated = [(name, o.evaluation) for name, o in outputs_of(folder).items() if o.evaluation]
+    lines = [f"{name:>10}  {evaluation.line()}" for name, evaluation in evaluated]
+    return "\n".join([*lines, f"{'report':>10}  {folder.path / 'report.html'}"])
