@@ -66,7 +66,7 @@ def clean_environment(home: Path) -> dict[str, str]:
 def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[RunningCluster]:
     """Starts head (with dashboard) and second node; ready when both are alive."""
     folder = Path(tempfile.mkdtemp(prefix="trc", dir="/tmp"))
-    port, dashboard_port = free_ports(2)
+    port, dashboard_port, client_port = free_ports(3)
     token = secrets.token_hex(32)
     cluster = RunningCluster(
         address=f"127.0.0.1:{port}",
@@ -83,7 +83,7 @@ def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[Runni
             f"--dashboard-port={dashboard_port}",
             "--dashboard-host=127.0.0.1",
         ]
-        first += ["--ray-client-server-port=0", f"--temp-dir={folder}/ray", "--include-dashboard=true"]
+        first += [f"--ray-client-server-port={client_port}", f"--temp-dir={folder}/ray", "--include-dashboard=true"]
         started.append(_start(head, first, env, folder / "head.log"))
         _wait_for(cluster, 1, started, folder)
         started.append(_start(second, [f"--address={cluster.address}"], env, folder / "second.log"))

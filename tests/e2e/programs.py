@@ -74,18 +74,22 @@ class Program:
             return Ended(code=process.returncode, out=out, err=err, wall_s=time.monotonic() - began)
 
     def survivors(self) -> list[str]:
-        """Living processes with the mark, the program's own included."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    continue
-                if f"{MARK}={self.mark}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
-                    found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
-        return found
+        return survivors_of(self.mark)
 
     def all_gone(self, within_s: float = 15.0) -> bool:
         return wait_until(lambda: not self.survivors(), within_s)
+
+
+def survivors_of(mark: str) -> list[str]:
+    """Living processes with the mark in their environment: what a program started, itself included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if f"{MARK}={mark}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+    return found
 
 
 def plain_environment() -> dict[str, str]:

@@ -7,7 +7,9 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import torch
 from tests.actors.rollout.tiny_models import write_model
 from tests.contracts import test_engine_contract as engines
 from tests.contracts import test_verifier_contract as verifiers
-from tests.e2e.programs import MARK, REPOSITORY, plain_environment, wait_until
+from tests.e2e.programs import MARK, REPOSITORY, plain_environment, survivors_of, wait_until
 from transformers import AutoModelForCausalLM
 
 from treadle.actors.broadcast.buckets import pack
@@ -133,8 +135,7 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[e
     example(folder, "engine")
     model = write_model(tmp_path_factory.mktemp("model"), tied=False)
     other = write_model(tmp_path_factory.mktemp("other"), tied=False, seed=1)
-    config = replace(engines.CONFIG)
-    object.__setattr__(config, "engine", "plain")
+    config = replace(engines.CONFIG, engine="plain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENGINES, "plain", "contributed_engine:build")
         yield engines.Subject(
@@ -180,8 +181,6 @@ print([zlib.crc32(bucket.tobytes()) for bucket in fetch(manifest, ticket, 20.0)]
 
 
 def test_the_transport_example_carries_weights_to_another_process(transport: Transport, folder: Path) -> None:
-    import pickle
-
     generator = torch.Generator().manual_seed(0)
     tensors = ((f"t{i}", torch.randn(5000, generator=generator)) for i in range(20))
     manifest, buckets = pack(tensors, 1, bucket_bytes=150_000)
@@ -220,7 +219,7 @@ def test_the_transport_example_refuses_damage_lateness_and_foreign_tickets(trans
 @pytest.mark.timeout(900)
 def test_the_readme_program_trains_two_steps(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(block("README.md", "python run"))
-    mark = "readme-program"
+    mark = secrets.token_hex(8)
     done = subprocess.run(
         [sys.executable, "program.py"],
         cwd=tmp_path,
@@ -236,7 +235,7 @@ def test_the_readme_program_trains_two_steps(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     assert (run / "metrics.jsonl").read_text().count("\n") == 2
-    assert wait_until(lambda: not (run / "ledger.sqlite-journal").exists(), 5)
+    assert wait_until(lambda: not survivors_of(mark), 15), survivors_of(mark)
 
 
 def test_the_readme_names_only_recipes_and_commands_that_exist() -> None:
