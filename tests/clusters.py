@@ -58,6 +58,10 @@ def clean_environment(home: Path) -> dict[str, str]:
     """This process's environment without anything Ray's, and with a home that holds no token."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TREADLE_"))}
     env.update(HOME=str(home), RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+    # A crowded machine is slower than Ray expects.
+    env.update(
+        RAY_agent_register_timeout_ms="100000", RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="100"
+    )
     env["PATH"] = f"{BIN}{os.pathsep}{env.get('PATH', '')}"
     return env
 
@@ -83,7 +87,11 @@ def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[Runni
             f"--dashboard-port={dashboard_port}",
             "--dashboard-host=127.0.0.1",
         ]
-        first += [f"--ray-client-server-port={client_port}", f"--temp-dir={folder}/ray", "--include-dashboard=true"]
+        first += [
+            f"--ray-client-server-port={client_port}",
+            f"--temp-dir={folder}/ray",
+            "--include-dashboard=true",
+        ]
         started.append(_start(head, first, env, folder / "head.log"))
         _wait_for(cluster, 1, started, folder)
         started.append(_start(second, [f"--address={cluster.address}"], env, folder / "second.log"))
@@ -125,7 +133,7 @@ def _wait_for(
 
     request = urllib.request.Request(f"{cluster.dashboard}/nodes?view=summary")
     request.add_header("Authorization", f"Bearer {cluster.token}")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, KeyError):
             with urllib.request.urlopen(request, timeout=5) as answer:

@@ -7,6 +7,7 @@ and 0.28, group-standardised rewards, no KL), optimiser, sampling and reward cod
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from tests.benchmarks.bench_rows import run_child
 from tests.benchmarks.markov_model import Shape, write_markov_model
 
+from treadle.platform.config import to_yaml
 from treadle.platform.records import Prompt
 from treadle.workflows.configs import GrpoConfig
 from treadle.workflows.data.tokenization import load_tokenizer
@@ -79,7 +81,8 @@ LOADS = {load.name: load for load in (DEMO, TAIL)}
 TAIL_SHAPE = Shape(layers=8, hidden=384, heads=6, kv_heads=2, intermediate=1280, context_tokens=320)
 TAIL_THOUGHT_TOKENS = 64.0
 """Mean of the geometric part of a completion; six tokens of template come on top."""
-_FREE = ("base", "sft", "student", "export")
+_OTHERS = ("base", "sft", "student", "export")
+_COLD_START = ("~stages.grpo", "~stages.student", "~stages.export", "tracking.mlflow=off")
 
 
 def step_recipe(load: Load, folder: Path, steps: int, overrides: Sequence[str] = ()) -> Recipe:
@@ -89,7 +92,7 @@ def step_recipe(load: Load, folder: Path, steps: int, overrides: Sequence[str] =
     return load_recipe(
         "demo",
         [
-            *(f"~stages.{stage}" for stage in _FREE),
+            *(f"~stages.{stage}" for stage in _OTHERS),
             "~stages.grpo.model",
             f"stages.grpo.model.path={folder / 'model'}",
             f"stages.grpo.steps={steps}",
@@ -123,14 +126,18 @@ def ordered_prompts(recipe: Recipe, folder: Path, steps: int) -> list[Prompt]:
 
 
 def prepare(load: Load, folder: Path) -> None:
-    """Makes the load's model (and prompts) in `folder`, unless they are there."""
-    if (folder / "model" / "config.json").exists():
+    """Makes the load's model (and prompts) in `folder`, unless they are there, made from the same recipe."""
+    made_from = folder / "made_from.yaml"
+    source = to_yaml(load_recipe("demo", _COLD_START))
+    if made_from.exists() and made_from.read_text() == source:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     if load is DEMO:
         _prepare_demo(folder)
     else:
         _prepare_tail(folder)
+    made_from.write_text(source)
 
 
 def _prepare_demo(folder: Path) -> None:
@@ -138,14 +145,11 @@ def _prepare_demo(folder: Path) -> None:
     run = folder / "run"
     run_child(
         "treadle.workflows.cli",
-        [
-            *("run", "demo", "~stages.grpo", "~stages.student", "~stages.export"),
-            *("tracking.mlflow=off", "--json", "--fresh", "--dir", str(run)),
-        ],
+        ["run", "demo", *_COLD_START, "--json", "--dir", str(run)],
         log=folder / "prepare.log",
         deadline_s=1200.0,
     )
-    (run / "artifacts" / "sft").rename(folder / "model")
+    shutil.copytree(run / "artifacts" / "sft", folder / "model")
 
 
 def _prepare_tail(folder: Path) -> None:
@@ -157,9 +161,7 @@ def _prepare_tail(folder: Path) -> None:
         for b in range(10, 100)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draft = folder / "draft"
-    write_markov_model(draft, tokenizer, TAIL_SHAPE, TAIL_THOUGHT_TOKENS)
-    draft.rename(folder / "model")
+    write_markov_model(folder / "model", tokenizer, TAIL_SHAPE, TAIL_THOUGHT_TOKENS)
 
 
 def _demo_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

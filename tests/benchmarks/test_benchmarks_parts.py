@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.benchmarks import step_loads
 from tests.benchmarks.bench_overlap import overlap_rows
 from tests.benchmarks.bench_rows import (
     append_rows,
@@ -145,6 +146,27 @@ def test_a_load_resolves_to_one_grpo_stage_of_its_size(name: str, tmp_path: Path
     assert (recipe.checkpoint.every_steps, recipe.tracking.mlflow) == (0, "off")
     assert FASTEST[name] in SETUPS
     assert quick(load).steps <= load.steps
+
+
+def test_a_model_made_from_another_recipe_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        step_loads, "TAIL_SHAPE", replace(step_loads.TAIL_SHAPE, layers=1, hidden=48, intermediate=16)
+    )
+    folder = tmp_path / "tail"
+    (folder / "model").mkdir(parents=True)
+    (folder / "made_from.yaml").write_text("an older recipe")
+    step_loads.prepare(step_loads.TAIL, folder)
+    weights = folder / "model" / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    step_loads.prepare(step_loads.TAIL, folder)
+    assert weights.stat().st_mtime_ns == made
+    recipe = step_recipe(step_loads.TAIL, folder, 2)
+    assert (
+        len({prompt.id for prompt in step_loads.ordered_prompts(recipe, folder, 2)})
+        == 2 * step_loads.TAIL.prompts
+    )
 
 
 def test_every_row_of_the_chain_is_a_distribution() -> None:

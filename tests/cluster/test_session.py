@@ -18,7 +18,7 @@ import psutil
 import pytest
 from tests.clusters import RunningCluster, clean_environment
 
-from treadle.cluster.environment import given_token, prepare_environment, use_token
+from treadle.cluster.environment import given_token, prepare_embedded, prepare_environment
 from treadle.cluster.reach import check_cluster, check_dashboard, split_address
 from treadle.cluster.session import ClusterConfig, logical_cpus
 from treadle.platform.errors import ClusterError, ConfigError
@@ -139,7 +139,7 @@ def test_a_killed_program_leaves_no_process_and_its_folder_goes_with_the_next(en
         assert {facts["role"], facts["child"]} <= {member.pid for member in family}
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=10)
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=25)  # 8 s on an idle machine
         assert not alive, "processes outlived their driver"
     folder = Path(str(facts["folder"])).parent
     assert folder.exists()
@@ -288,10 +288,11 @@ def test_a_token_file_wins_over_the_environment_and_must_be_readable(
 
 def test_an_embedded_cluster_makes_a_token_only_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "60")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
-    use_token()
+    prepare_embedded()
     assert os.environ["RAY_AUTH_TOKEN"] == "given"
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    use_token()
+    prepare_embedded()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -23,6 +23,8 @@ TINY = REPOSITORY / "tests" / "workflows" / "recipes" / "tiny.yaml"
 PROMPTS = TINY.with_name("prompts.jsonl")
 WITH_PROMPTS = f"stages.rl.prompts.url={PROMPTS}"
 MARK = "TREADLE_TEST_MARK"
+PATIENCE_S = 1800.0
+"""For one run, which takes a quarter of a minute: only on a machine crowded with other work does it take longer."""
 RAY_IS_LATE = "Ray does not start"
 """Ray gives its own daemons a fixed time to come up, which a busy machine can pass."""
 
@@ -61,9 +63,10 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
-    def run(self, timeout_s: float = 600.0) -> Ended:
+    def run(self, timeout_s: float = PATIENCE_S) -> Ended:
         began = time.monotonic()
         with self.start() as process:
             try:
@@ -119,13 +122,14 @@ def patiently(*words: str, **environment: str) -> tuple[Program, Ended]:
     return program, ended
 
 
-def interrupted_when(program: Program, due: Callable[[], bool], within_s: float = 400.0) -> Ended:
-    """Starts the program and presses Ctrl-C once `due` holds."""
+def interrupted_when(program: Program, due: Callable[[], bool]) -> Ended:
+    """Starts the program and presses Ctrl-C once `due` holds: a terminal tells the whole process group."""
     began = time.monotonic()
     process = program.start()
     try:
-        if wait_until(lambda: due() or process.poll() is not None, within_s) and process.poll() is None:
-            process.send_signal(signal.SIGINT)
+        assert wait_until(lambda: due() or process.poll() is not None, PATIENCE_S), "nothing happened"
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=120)
     except BaseException:
         process.kill()

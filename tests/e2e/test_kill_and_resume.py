@@ -18,7 +18,7 @@ from tests.e2e.programs import (
     summary_of,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 STEPS, GROUPS_PER_STEP = 6, 3
 KILLS = (

@@ -26,7 +26,6 @@ def stream_of(
         "book": book,
         "sampling": Sampling(temperature=1.0, top_p=1.0, max_new_tokens=4, group_size=4, seed=3),
         "per_step": 3,
-        "steps": 100,
         "staleness": 0,
         "version": WeightVersion(step=0),
         "take_deadline_s": 5.0,
@@ -41,7 +40,9 @@ def played(
     learn: Callable[[int], Awaitable[None]] | None = None,
     **changes: Any,
 ) -> tuple[list[list[Ready]], ListBook, GroupStream]:
-    """Takes `steps` batches, publishing version t+1 after batch t."""
+    """Takes `steps` batches of a stage of `total` steps (as many by default), publishing version t+1 after
+    batch t."""
+    changes["steps"] = changes.pop("total", steps)
     book = ListBook()
 
     async def play() -> tuple[list[list[Ready]], GroupStream]:
@@ -106,7 +107,7 @@ def test_groups_are_drawn_while_the_learner_works_when_the_bound_allows_it() -> 
         await asyncio.sleep(0.02)
         seen.append(len(rollouts.drawn) - before)
 
-    played(3, rollouts, learn=learn, staleness=1)
+    played(3, rollouts, learn=learn, staleness=1, total=10)
     assert seen == [0, 3, 3]  # the first two batches are drawn before the first step
     seen.clear()
     played(3, CoinRollouts(), learn=learn, staleness=0)
@@ -146,7 +147,7 @@ def test_dynamic_sampling_that_finds_nothing_says_what_to_change() -> None:
 
 
 def test_nothing_is_issued_beyond_the_last_step() -> None:
-    batches, book, _ = played(3, CoinRollouts(), staleness=2, steps=3)
+    batches, book, _ = played(3, CoinRollouts(), staleness=2)
     assert len(book.of("issued")) == 9
     assert sorted(i for batch in batches for i in ids(batch)) == book.of("issued")
 

@@ -20,7 +20,8 @@ _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # A role that asks for no GPU sees none; otherwise it could fill the memory of another role's.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # On a crowded machine the node's agents take longer than the 15 s after which Ray's node gives up on them.
+    # On a crowded machine the node's agents take longer than the 15 s after which Ray's node gives up on
+    # them.
     "RAY_agent_register_timeout_ms": "60000",
 }
 
@@ -42,9 +43,13 @@ def prepare_environment(token_file: str = "") -> None:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 
-def use_token() -> None:
-    """Sees to a token for an embedded cluster: the given one, or a new one that only this process and its
-    children know."""
+def prepare_embedded() -> None:
+    """Sets what only an embedded cluster needs: a token, the given one or a new one that only this process
+    and its children know, and little patience with a dead GCS."""
+    # It dies only together with this process, never to come back. Ray's agents would wait for it for 60 s
+    # before they end themselves.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "6")
+    os.environ["RAY_AUTH_MODE"] = "token"
     if not any(os.environ.get(name) for name in TOKEN_VARIABLES):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from treadle.cluster.environment import given_token, prepare_environment, use_token
+from treadle.cluster.environment import given_token, prepare_embedded, prepare_environment
 from treadle.cluster.reach import check_cluster, split_address
 from treadle.platform.errors import ClusterError, ConfigError
 from treadle.platform.records import RoleSpec
@@ -102,7 +102,7 @@ def open_session(
 
 @contextlib.contextmanager
 def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | None) -> Iterator[Session]:
-    use_token()
+    prepare_embedded()
     import ray  # after the environment is complete
 
     parent = Path(config.temp_dir or "/tmp")
@@ -129,7 +129,8 @@ def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | Non
         ray.shutdown()
         _end_processes(folder)
         if logs is not None:
-            _keep_logs(Path(folder), logs)
+            with contextlib.suppress(OSError):  # a full disk must not hide why the session ends
+                _keep_logs(Path(folder), logs)
         shutil.rmtree(folder, ignore_errors=True)
 
 

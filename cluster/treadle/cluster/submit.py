@@ -59,10 +59,14 @@ def submit_recipe(
         return {"job": job.id, "status": "SUBMITTED", "text": f"{job.id} accepted by {job.dashboard}"}
     status = client.follow(job.id, _discard if quiet else _print)
     if status.exit_code:
-        raise ClusterError(
+        failure = ClusterError(
             f"Job {job.id} {status.status.lower()} with exit code {status.exit_code}: {status.message}",
             f"Read its log: ray job logs --address {job.dashboard} {job.id}",
         )
+        failure.exit_code = (
+            status.exit_code
+        )  # a script that submits sees what it would see had it run the recipe
+        raise failure
     return {"job": job.id, "status": status.status, "text": f"{job.id} {status.status.lower()}"}
 
 

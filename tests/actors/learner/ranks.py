@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -159,7 +160,8 @@ class Ranks:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        store = tempfile.mktemp(prefix="treadle-store-")
+        self._folder = tempfile.mkdtemp(prefix="treadle-store-")
+        store = f"{self._folder}/store"
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -210,3 +212,4 @@ class Ranks:
             process.join(10)
             if process.is_alive():
                 process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)

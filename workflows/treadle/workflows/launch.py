@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         )
         raise
     finally:
-        folder.set_state(state=status, ended_unix_s=time.time())
+        with suppress(OSError):  # on a full disk the reason for the end is what must be said
+            folder.set_state(state=status, ended_unix_s=time.time())
         tracker.close(status)
 
 

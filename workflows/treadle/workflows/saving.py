@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from treadle.platform.checkpoints import CheckpointMeta, Checkpoints
 from treadle.platform.contracts import Learner
-from treadle.platform.errors import ConfigError
+from treadle.platform.errors import ConfigError, TreadleError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.ledger import Ledger
 
@@ -68,7 +68,11 @@ class CheckpointKeeper:
         if not every or step % every:
             return False
         folder = self._checkpoints.begin(stage, step)
-        await self._learner.save(folder, {"stage": stage, "step": step})
+        try:
+            await self._learner.save(folder, {"stage": stage, "step": step})
+        except TreadleError:
+            self._checkpoints.remove_uncommitted(stage)  # on a full disk, what follows needs the room
+            raise
         failpoint("driver.after_shards")
         if with_groups:
             self._ledger.commit_mark(stage, step, cursor)
