@@ -29,7 +29,7 @@ from tests.benchmarks.bench_rows import (
 )
 from tests.benchmarks.step_loads import LOADS, Load, prepare
 from tests.benchmarks.step_ours import StepRun
-from tests.benchmarks.trl_setups import FASTEST, SETUPS
+from tests.benchmarks.trl_setups import SETUPS, SHORTLIST
 
 START_DEADLINE_S = 420.0
 """For a side's processes to start, load and end."""
@@ -66,10 +66,10 @@ def step_row(load: Load, ours: StepRun, theirs: StepRun) -> Row:
 
 
 class Bench:
-    """Runs processes of both sides of one load."""
+    """Runs processes of both sides of one load, whose model lies in `folder`. What they write begins with `label`."""
 
-    def __init__(self, load: Load, folder: Path) -> None:
-        self._load, self._folder = load, folder
+    def __init__(self, load: Load, folder: Path, label: str = "turn") -> None:
+        self._load, self._folder, self._label = load, folder, label
         self._count = 0
 
     def ours(self) -> StepRun:
@@ -110,7 +110,7 @@ class Bench:
 
     def _out(self, side: str) -> Path:
         self._count += 1
-        return self._folder / f"{self._count:02d}-{side}.json"
+        return self._folder / f"{self._label}-{self._count:02d}-{side}.json"
 
     def _arguments(self, out: Path) -> list[str]:
         load = self._load
@@ -120,8 +120,9 @@ class Bench:
         ]
 
 
-def search(load: Load, bench: Bench, setups: Iterable[str]) -> str:
+def search(load: Load, folder: Path, setups: Iterable[str]) -> str:
     """The name of TRL's fastest configuration; one that does not run is reported and left out."""
+    bench = Bench(quick(load), folder, "search")
     medians: dict[str, float] = {}
     for name in setups:
         try:
@@ -155,14 +156,16 @@ def compare(load: Load, bench: Bench, setup: str) -> Row:
 
 
 def quick(load: Load) -> Load:
-    """The same load with fewer steps, for trying the benchmark out."""
+    """The same load with fewer steps, for trying out."""
     return replace(load, warm_steps=1, steps=min(2, load.steps), rounds=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--load", choices=sorted(LOADS), default="", help="one load only")
-    parser.add_argument("--setup", choices=sorted(SETUPS), default="", help="TRL's configuration")
+    parser.add_argument(
+        "--setup", choices=sorted(SETUPS), default="", help="TRL's configuration; default: the faster of two"
+    )
     parser.add_argument("--search", action="store_true", help="try all of TRL's configurations first")
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="models, runs and logs")
@@ -174,9 +177,8 @@ def main() -> None:
         print(f"{load.name}: {load.title}; process group {os.getpgrp()}; {hardware()}", flush=True)
         prepare(load, folder)
         load = quick(load) if given.quick else load
-        bench = Bench(load, folder)
-        setup = search(load, bench, SETUPS) if given.search else given.setup or FASTEST[load.name]
-        rows.append(compare(load, bench, setup))
+        setup = given.setup or search(load, folder, SETUPS if given.search else SHORTLIST)
+        rows.append(compare(load, Bench(load, folder), setup))
         append_rows(given.out, rows[-1:])
     print(
         table(

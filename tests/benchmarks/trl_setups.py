@@ -43,5 +43,5 @@ SETUPS = {
     "continuous": TrlSetup(continuous_batching=True, attention="paged|sdpa"),
 }
 
-FASTEST = {"demo": "threads", "tail": "threads"}
-"""Per load, as found with `bench_step --search`."""
+SHORTLIST = ("ranks", "threads")
+"""What is tried before comparing, unless told otherwise: the two ways to use two cores."""

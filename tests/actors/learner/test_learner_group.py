@@ -198,6 +198,12 @@ def test_wrong_numbers_of_rows_and_ranks_are_refused(group: LearnerGroup, folder
         wait(group.setup(spec(folder, ranks=3)))
 
 
+@ray.remote(num_cpus=0)
+def never_drawn() -> None:
+    """A group whose worker hangs."""
+    time.sleep(600)
+
+
 def pid_of(phase: str) -> int:
     found = re.search(r"process (\d+)", phase)
     assert found
@@ -216,12 +222,15 @@ def test_a_rank_killed_within_a_step_is_named_in_bounded_time_and_the_group_can_
     async def killed_while_stepping() -> None:
         # Rank 1 waits for a reference that nobody fulfils; rank 0 waits for rank 1.
         work = batch(2)
-        never = ray.ObjectRef.from_random()
+        never = never_drawn.remote()
         row = (replace(work.rows[1][0], group=never), *work.rows[1][1:])
         stuck = asyncio.ensure_future(group.step(replace(work, rows=(work.rows[0], row))))
         await asyncio.sleep(0.5)
         os.kill(victim, signal.SIGKILL)
-        await stuck
+        try:
+            await stuck
+        finally:
+            ray.cancel(never, force=True)
 
     start = time.monotonic()
     with pytest.raises(LearnerError) as error:
@@ -246,10 +255,12 @@ def test_a_rank_that_hangs_passes_the_deadline_with_every_ranks_phase(
     wait(group.setup(spec(folder)))
     group._config = GroupConfig(ranks=2, step_deadline_s=3.0)
     work = batch(5)
-    row = (replace(work.rows[1][0], group=ray.ObjectRef.from_random()), *work.rows[1][1:])
+    never = never_drawn.remote()
+    row = (replace(work.rows[1][0], group=never), *work.rows[1][1:])
     start = time.monotonic()
     with pytest.raises(DeadlineError) as error:
         wait(group.step(replace(work, rows=(work.rows[0], row))))
     assert time.monotonic() - start < 30
+    ray.cancel(never, force=True)
     assert "rank 1: opening references" in str(error.value)
     assert "g500" in str(error.value)
