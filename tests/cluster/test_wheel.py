@@ -38,6 +38,23 @@ def test_equal_files_give_an_equal_wheel(tmp_path: Path) -> None:
     assert build_wheel(tmp_path / "a").read_bytes() == build_wheel(tmp_path / "b").read_bytes()
 
 
+def test_changed_code_gets_another_name(tmp_path: Path) -> None:
+    """Ray keeps wheels by name."""
+    first = build_wheel(tmp_path)
+    extra = tmp_path / "portion" / "extra.py"
+    extra.parent.mkdir()
+    extra.write_text("x = 1\n")
+    code = (
+        f"import treadle, sys, pathlib; treadle.__path__ = [*treadle.__path__, {str(extra.parent)!r}]\n"
+        "from treadle.cluster.wheel import build_wheel\n"
+        "print(build_wheel(pathlib.Path(sys.argv[1])).name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() != first.name
+
+
 def test_pip_installs_the_wheel_and_it_is_what_is_imported(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path)
     target = tmp_path / "site"

@@ -140,16 +140,25 @@ def test_damaged_buckets_are_refused_and_named(
         ray.get(fetcher.fetch.remote(manifest, ticket, 20.0))
 
 
-def test_a_dead_sender_is_an_error_and_not_a_hang(name: str, fetcher: ray.actor.ActorHandle) -> None:
+def test_a_dead_sender_means_its_last_bytes_or_an_error_but_no_hang(
+    name: str, fetcher: ray.actor.ActorHandle
+) -> None:
+    """Shared memory may outlive its writer by a moment; a connection does not."""
     sender = Sender.remote(name)
-    manifest, _, ticket = _sent_by(sender)
+    manifest, buckets, ticket = _sent_by(sender)
     os.kill(ray.get(sender.pid.remote()), signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(sender.pid.remote())
-    start = time.monotonic()
-    with pytest.raises(BroadcastError, match="version 1"):
-        ray.get(fetcher.fetch.remote(manifest, ticket, 20.0))
-    assert time.monotonic() - start < 15
+    fetched = fetcher.fetch.remote(manifest, ticket, 20.0)
+    if name == "gloo":
+        with pytest.raises(BroadcastError, match="version 1"):
+            ray.get(fetched, timeout=15)
+        return
+    try:
+        arrived = ray.get(fetched, timeout=15)
+    except BroadcastError:
+        return
+    assert _same(arrived, buckets)
 
 
 def test_what_comes_too_late_is_a_deadline_error(name: str) -> None:

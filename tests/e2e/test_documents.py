@@ -166,7 +166,7 @@ def test_the_engine_example_draws_the_very_samples_of_the_torch_engine(
 def transport(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Transport:
     """CONTRIBUTING's transport, registered by its one line."""
     made: Transport = example(folder, "transport").FolderTransport()
-    monkeypatch.setitem(TRANSPORTS, "folder", "contributed_transport:FolderTransport")  # type: ignore[arg-type]
+    monkeypatch.setitem(TRANSPORTS, "folder", "contributed_transport:FolderTransport")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return made
 

@@ -35,11 +35,14 @@ KILLS = (
 
 @pytest.fixture(scope="module")
 def battered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run stopped by Ctrl-C after its first checkpoint."""
+    """A run stopped by Ctrl-C in its third step, in which the ranks were made to linger."""
     folder = tmp_path_factory.mktemp("battered") / "run"
     checkpoint = folder / "checkpoints" / "rl" / "step-00000002" / "COMMITTED"
     for _ in range(5):
-        program = Program(words=("run", str(TINY), WITH_PROMPTS, "--dir", str(folder), "--fresh"))
+        program = Program(
+            words=("run", str(TINY), WITH_PROMPTS, "--dir", str(folder), "--fresh"),
+            environment={"TREADLE_FAILPOINTS": "learner.before_step=sleep:500@3"},
+        )
         ended = interrupted_when(program, checkpoint.exists)
         if "Ray does not start" not in ended.err:
             break

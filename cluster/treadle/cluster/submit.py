@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from treadle.platform.errors import ClusterError
 
 _ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
 _POLL_S = 1.0
+_AGENT_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +97,7 @@ class JobClient:
             for name, content in files.items():
                 (work / name).write_bytes(content)
             runtime_env = {"working_dir": str(work), "py_modules": [str(build_wheel(folder))]}
-            job_id = self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=f"treadle-{secrets.token_hex(6)}",
-                runtime_env=runtime_env,
-                metadata={"program": "treadle"},
-            )
+            job_id = self._submit_when_ready(entrypoint, runtime_env)
         except (RuntimeError, OSError) as error:
             raise ClusterError(
                 f"{self._dashboard} refuses the job: {_first_line(error)}", "Look at the dashboard's log."
@@ -108,6 +105,22 @@ class JobClient:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return SubmittedJob(id=job_id, dashboard=self._dashboard)
+
+    def _submit_when_ready(self, entrypoint: str, runtime_env: Mapping[str, object]) -> str:
+        """A cluster that has just started accepts jobs only when its first agent has registered."""
+        deadline = time.monotonic() + _AGENT_DEADLINE_S
+        while True:
+            try:
+                return self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=f"treadle-{secrets.token_hex(6)}",
+                    runtime_env=dict(runtime_env),
+                    metadata={"program": "treadle"},
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_S)
 
     def status(self, job_id: str) -> JobStatus:
         """Raises `ClusterError` for an unknown job or a cluster that has gone."""

@@ -19,14 +19,16 @@ from pathlib import Path
 import treadle.platform
 from treadle.platform.errors import ClusterError
 
-_WHEEL = "Wheel-Version: 1.0\nGenerator: treadle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal files give an equal wheel, which a cluster then caches
+_WHEEL = "Wheel-Version: 1.0\nGenerator: treadle\nRoot-Is-Purelib: true\nTag: py3-none-any\nBuild: {build}\n"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal files give an equal wheel
 
 
 def build_wheel(folder: Path) -> Path:
-    """Writes `treadle-<version>-py3-none-any.whl` into `folder` and returns its path.
+    """Writes `treadle-<version>-<build>-py3-none-any.whl` into `folder` and returns its path.
 
-    Raises `ClusterError` when Treadle is not installed, not even as an editable source tree.
+    The build tag is a hash of the content: a cluster keeps wheels by name, and would otherwise run the code
+    of the first one of a version for ever. Raises `ClusterError` when Treadle is not installed, not even as
+    an editable source tree.
     """
     try:
         installed = distribution("treadle")
@@ -37,10 +39,11 @@ def build_wheel(folder: Path) -> Path:
     info = f"treadle-{installed.version}.dist-info"
     files = dict(_modules())
     files[f"{info}/METADATA"] = _metadata(installed).encode()
-    files[f"{info}/WHEEL"] = _WHEEL.encode()
     if entry_points := installed.read_text("entry_points.txt"):
         files[f"{info}/entry_points.txt"] = entry_points.encode()
-    path = folder / f"treadle-{installed.version}-py3-none-any.whl"
+    build = f"0{_digest(files)}"
+    files[f"{info}/WHEEL"] = _WHEEL.format(build=build).encode()
+    path = folder / f"treadle-{installed.version}-{build}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
@@ -57,6 +60,14 @@ def _modules() -> Iterator[tuple[str, bytes]]:
         for path in sorted(portion.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 yield f"treadle/{path.relative_to(portion).as_posix()}", path.read_bytes()
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    """16 hexadecimal digits of names and contents."""
+    total = hashlib.sha256()
+    for name, content in files.items():
+        total.update(f"{name}\0{len(content)}\0".encode() + content)
+    return total.hexdigest()[:16]
 
 
 def _metadata(installed: Distribution) -> str:

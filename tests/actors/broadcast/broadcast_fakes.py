@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from treadle.actors.broadcast.buckets import unpack
+from treadle.actors.broadcast.gloo import GlooTransport
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.transports import fetch
 from treadle.kernels.digest import state_digest
@@ -23,6 +24,13 @@ from treadle.platform.records import WeightManifest, WeightVersion
 def weights(step: int, tensors: int = 4, size: int = 200) -> dict[str, torch.Tensor]:
     """The weights of version `step`: different in every element from every other version's."""
     return {f"layer{i}.weight": torch.full((size,), float(step * 1000 + i)) for i in range(tensors)}
+
+
+class LoopbackGloo(GlooTransport):
+    """The node's address is Ray's to tell; here there is no Ray."""
+
+    def __init__(self) -> None:
+        super().__init__(host="127.0.0.1")
 
 
 class FakeRank:

@@ -9,12 +9,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.actors.broadcast.broadcast_fakes import FakeEngine, FakeRank, InProcessEngine, InProcessRank
+from tests.actors.broadcast.broadcast_fakes import (
+    FakeEngine,
+    FakeRank,
+    InProcessEngine,
+    InProcessRank,
+    LoopbackGloo,
+)
 
 from treadle.actors.broadcast import transports
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
-from treadle.actors.broadcast.gloo import GlooTransport
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.phases import Receiver
 from treadle.platform import failpoints
@@ -34,8 +39,7 @@ CONFIG = BroadcastConfig(
 
 @pytest.fixture(autouse=True)
 def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    local = {**transports.TRANSPORTS, "gloo": lambda: GlooTransport(host="127.0.0.1")}
-    monkeypatch.setattr(transports, "TRANSPORTS", local)
+    monkeypatch.setitem(transports.TRANSPORTS, "gloo", f"{LoopbackGloo.__module__}:{LoopbackGloo.__name__}")
 
 
 @pytest.fixture

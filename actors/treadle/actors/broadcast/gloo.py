@@ -17,10 +17,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import ray.util
@@ -35,6 +36,7 @@ _SENDER, _RECEIVER = 0, 1
 _FOREVER = timedelta(days=3650)
 _c10d: Any = torch.distributed  # torch's stubs know neither the stores' queues nor gloo's send and recv
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ class GlooTransport:
             raise BroadcastError(f"broadcast.receive: {type(ticket).__name__} is no gloo ticket.")
         deadline = time.monotonic() + deadline_s
         try:
-            return _fetch(ticket, deadline)
+            return _in_time(lambda: _fetch(ticket, deadline), deadline)
         except (RuntimeError, OSError) as error:
             if time.monotonic() >= deadline or isinstance(error, TimeoutError):
                 raise DeadlineError(
@@ -87,6 +89,24 @@ class GlooTransport:
                 f"{ticket.host}:{ticket.port}: {str(error).splitlines()[0]}.",
                 "Publish again from the living learner.",
             ) from error
+
+
+def _in_time(fetch: Callable[[], _Result], deadline: float) -> _Result:
+    """The store's own time-out does not hold: against a frozen peer that accepts connections, its first read
+    waits for ever (torch 2.13). The thread it is left with ends when the peer does.
+
+    Raises `TimeoutError` at the deadline, or what `fetch` raises.
+    """
+    result: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(fetch())
+        except Exception as error:  # noqa: BLE001  raised again by the one who waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="gloo-fetch", daemon=True).start()
+    return result.result(max(deadline - time.monotonic(), 1e-3))
 
 
 def _fetch(ticket: GlooTicket, deadline: float) -> list[NDArray[np.uint8]]:

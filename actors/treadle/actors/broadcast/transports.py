@@ -7,7 +7,6 @@ A transport is one file with a class that keeps `contracts.Transport` and a tick
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from treadle.platform.failpoints import failpoint
 from treadle.platform.records import WeightManifest
 
 # Imported on use: settings are checked before ray is imported.
-TRANSPORTS: Mapping[str, str] = {
+TRANSPORTS: dict[str, str] = {
     "object_store": "treadle.actors.broadcast.object_store:ObjectStoreTransport",
     "gloo": "treadle.actors.broadcast.gloo:GlooTransport",
 }
