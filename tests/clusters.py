@@ -89,12 +89,11 @@ def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[Runni
         ]
         first += [
             f"--ray-client-server-port={client_port}",
-            f"--temp-dir={folder}/ray",
             "--include-dashboard=true",
         ]
-        started.append(_start(head, first, env, folder / "head.log"))
+        started.append(_start(head, first, env, folder, "head"))
         _wait_for(cluster, 1, started, folder)
-        started.append(_start(second, [f"--address={cluster.address}"], env, folder / "second.log"))
+        started.append(_start(second, [f"--address={cluster.address}"], env, folder, "second"))
         _wait_for(cluster, 2, started, folder)
         yield cluster
     finally:
@@ -112,14 +111,19 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _start(node: Node, arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    node: Node, arguments: list[str], env: dict[str, str], folder: Path, name: str
+) -> subprocess.Popen[bytes]:
     command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    # The nodes share a machine, but as little else as two machines do: in one folder, the second one's agent
+    # would unpack a job's working folder anew, under the feet of the job.
+    command += [f"--temp-dir={folder}/{name}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
     command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", "--object-store-memory=150000000"]
     if node.resources:
         command.append(f"--resources={json.dumps(dict(node.resources))}")
     if node.labels:
         command.append("--labels=" + ",".join(f"{key}={value}" for key, value in node.labels.items()))
-    with log.open("wb") as out:
+    with (folder / f"{name}.log").open("wb") as out:
         return subprocess.Popen(
             [*command, *arguments], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
