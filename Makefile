@@ -20,16 +20,22 @@ $(VENV)/.dev: pyproject.toml .ci/install .ci/overrides.txt
 demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (about 5 minutes on 2 cores)
 	$(BIN)/treadle demo --fresh
 
-# A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next.
+# A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next. Two at
+# a time, because most of them wait for processes to start.
 PYTEST := $(BIN)/python -m pytest -q -m "not oracle"
+PARTS := cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
-	$(PYTEST) tests/platform tests/workflows tests/kernels tests/dashboards tests/benchmarks tests/test_packaging.py
-	$(PYTEST) tests/actors/verify tests/contracts/test_verifier_contract.py tests/contracts/test_verifiers_contract.py
-	$(PYTEST) tests/actors/broadcast tests/contracts/test_broadcast_contract.py tests/contracts/test_transport_contract.py
-	$(PYTEST) tests/actors/rollout tests/contracts/test_engine_contract.py tests/contracts/test_rollouts_contract.py
-	$(PYTEST) tests/actors/learner tests/contracts/test_learner_contract.py
-	$(PYTEST) tests/contracts/test_learner_backend_contract.py
-	$(PYTEST) tests/cluster
+	$(MAKE) --no-print-directory -j2 -Otarget $(PARTS:%=test-%)
+
+test-plain: TESTS := platform workflows kernels dashboards benchmarks test_packaging.py
+test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py
+test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py contracts/test_transport_contract.py
+test-rollout: TESTS := actors/rollout contracts/test_engine_contract.py contracts/test_rollouts_contract.py
+test-learner: TESTS := actors/learner contracts/test_learner_contract.py
+test-backends: TESTS := contracts/test_learner_backend_contract.py
+test-cluster: TESTS := cluster
+test-%: $(VENV)/.dev
+	$(PYTEST) $(TESTS:%=tests/%)
 
 e2e: $(VENV)/.dev ## Whole runs: kill and resume, jobs on a two-node cluster, bad input, the documents' programs
 	$(BIN)/python -m pytest -q tests/e2e

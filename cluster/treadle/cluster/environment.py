@@ -45,10 +45,7 @@ def prepare_environment(token_file: str = "") -> None:
 
 def prepare_embedded() -> None:
     """Sets what only an embedded cluster needs: a token, the given one or a new one that only this process
-    and its children know, and little patience with a dead GCS."""
-    # It dies only together with this process, never to come back. Ray's agents would wait for it for 60 s
-    # before they end themselves.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "6")
+    and its children know."""
     os.environ["RAY_AUTH_MODE"] = "token"
     if not any(os.environ.get(name) for name in TOKEN_VARIABLES):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
