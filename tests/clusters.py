@@ -32,6 +32,7 @@ class RunningCluster:
     dashboard: str  # for submitting
     token: str
     folder: Path
+    metrics: str  # the head's figures, for Prometheus
 
     def environment(self, token: str | None = None) -> dict[str, str]:
         """The environment of a process that uses the cluster; another or no token ("") on request."""
@@ -70,13 +71,14 @@ def clean_environment(home: Path) -> dict[str, str]:
 def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[RunningCluster]:
     """Starts head (with dashboard) and second node; ready when both are alive."""
     folder = Path(tempfile.mkdtemp(prefix="trc", dir="/tmp"))
-    port, dashboard_port, client_port = free_ports(3)
+    port, dashboard_port, client_port, metrics_port = free_ports(4)
     token = secrets.token_hex(32)
     cluster = RunningCluster(
         address=f"127.0.0.1:{port}",
         dashboard=f"http://127.0.0.1:{dashboard_port}",
         token=token,
         folder=folder,
+        metrics=f"http://127.0.0.1:{metrics_port}/metrics",
     )
     env = {**cluster.environment(), "RAY_AUTH_MODE": "token"}
     started: list[subprocess.Popen[bytes]] = []
@@ -89,6 +91,7 @@ def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[Runni
         ]
         first += [
             f"--ray-client-server-port={client_port}",
+            f"--metrics-export-port={metrics_port}",
             "--include-dashboard=true",
         ]
         started.append(_start(head, first, env, folder, "head"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +58,20 @@ def test_attached_to_a_cluster_the_run_is_the_same(
     assert ended.code == 0, ended
     assert_same_run(tmp_path / "run", undisturbed)
     assert program.all_gone(), program.survivors()
+
+
+def test_while_it_runs_prometheus_finds_its_figures(cluster: RunningCluster, tmp_path: Path) -> None:
+    environment = {"HOME": str(cluster.folder), "RAY_AUTH_TOKEN": cluster.token}
+    program = Program(words=attached(cluster, tmp_path / "run"), environment=environment)
+    figures: set[tuple[str, str]] = set()
+    with program.start() as process:
+        while process.poll() is None:
+            with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
+                text = answer.read().decode()
+            figures |= set(re.findall(r'^(ray_treadle_\w+)\{.*stage="(\w+)"', text, re.MULTILINE))
+            time.sleep(1)
+        assert process.returncode == 0, process.communicate()
+    assert {("ray_treadle_reward_mean", "rl"), ("ray_treadle_staleness_max", "rl")} <= figures
 
 
 def test_as_a_job_the_run_is_the_same_and_its_log_is_followed(

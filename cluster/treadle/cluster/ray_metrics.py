@@ -11,10 +11,12 @@ import math
 import re
 import threading
 from collections.abc import Mapping
-
-from ray.util.metrics import Gauge
+from typing import TYPE_CHECKING
 
 from treadle.platform import metric_names as names
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 PREFIX = "treadle_"
 TAGS = ("stage", "run")
@@ -68,6 +70,12 @@ class RayMetrics:
         with self._lock:
             self._current.pop(stage, None)
 
+    def __enter__(self) -> RayMetrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the refreshing thread; a second call does nothing."""
         self._closed.set()
@@ -91,6 +99,8 @@ class RayMetrics:
         if len(self._gauges) >= MAX_GAUGES:
             self.left_out += 1
             return False
+        from ray.util.metrics import Gauge  # on use: settings are checked before ray is imported
+
         known = names.CATALOGUE.get(name)
         unit = names.unit_of(name)
         meaning = known.meaning if known else name

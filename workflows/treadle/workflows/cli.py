@@ -185,6 +185,10 @@ def main() -> None:
     """Entry point. A `TreadleError` ends as one sentence on stderr and its exit code; anything else is a defect
     and keeps its traceback."""
     try:
+        if any(name.startswith("TREADLE_FAILPOINTS") for name in os.environ):
+            from treadle.platform.failpoints import read_faults
+
+            read_faults(os.environ)  # a misspelt fault is said here, not by some process later
         app(standalone_mode=False)
     except TreadleError as error:
         _fail(error, "--json" in sys.argv)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from treadle.cluster.ray_metrics import RayMetrics
 from treadle.cluster.session import open_session
 from treadle.platform.config import flatten
 from treadle.platform.errors import ConfigError, TreadleError
@@ -64,7 +65,9 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         with (
             Ledger.open(folder.ledger) as ledger,
             open_session(recipe.cluster, role_specs(recipe), logs=folder.path / "logs"),
+            RayMetrics(recipe.name) as metrics,
         ):
+            tracker.mirror_to(metrics)
             crew = await open_crew(recipe, staleness)
             try:
                 yield Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started)

@@ -4,24 +4,20 @@ starts."""
 from treadle.platform.config.loading import load
 from treadle.platform.config.schema import members_of, variant, variant_map, variants
 from treadle.platform.config.views import (
-    HIDDEN,
     Scalar,
     diff_from_defaults,
     fingerprint,
     flatten,
-    redact,
     to_yaml,
 )
 
 __all__ = [
-    "HIDDEN",
     "Scalar",
     "diff_from_defaults",
     "fingerprint",
     "flatten",
     "load",
     "members_of",
-    "redact",
     "to_yaml",
     "variant",
     "variant_map",

@@ -1,5 +1,4 @@
-"""Ways to look at a loaded configuration: flat, as YAML, as a difference, as a fingerprint, without
-secrets."""
+"""Ways to look at a loaded configuration: flat, as YAML, as a difference, as a fingerprint."""
 
 from __future__ import annotations
 
@@ -17,11 +16,6 @@ from treadle.platform.config.schema import KIND, as_tree, defaults_tree, specs_o
 from treadle.platform.config.sources import add_scalars
 
 Scalar: TypeAlias = str | int | float | bool | None
-HIDDEN = "***"
-_ALWAYS_SECRET = re.compile(r"secret|passw(?:or)?d|credential|(?:api|access|private)[-_]?key", re.IGNORECASE)
-# "token" is also what a language model reads: `max_new_tokens=64` and `tokenizer=...` are no secrets.
-_SECRET_IF_TEXT = re.compile(r"token(?!iz)", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -128,22 +122,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def redact(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with secrets replaced by `***`, at any depth: values whose key speaks of a secret,
-    password, credential, key or token, and user names with passwords inside URLs. Numbers under a token key
-    stay."""
-    return {str(key): _redacted(str(key), value) for key, value in values.items()}
-
-
-def _redacted(key: str, value: Any) -> Any:
-    if value is None or value == "":
-        return value
-    if _ALWAYS_SECRET.search(key) or (_SECRET_IF_TEXT.search(key) and isinstance(value, str)):
-        return HIDDEN
-    if isinstance(value, Mapping):
-        return {str(k): _redacted(f"{key}.{k}", v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_redacted(key, item) for item in value)
-    return _USER_INFO.sub(HIDDEN, value) if isinstance(value, str) else value

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from treadle.platform.metric_names import with_aliases
 from treadle.platform.records import Json
@@ -35,6 +35,14 @@ WRITE_DEADLINE_S = 30.0
 """How long the end of a run waits for the last sampled rollouts to be on the disk."""
 INTERRUPTED_DRAIN_S = 5.0
 """Whoever presses Ctrl-C does not want to wait; the spool keeps what MLflow has not taken."""
+
+
+class Mirror(Protocol):
+    """Takes every figure a second time as it is logged, e.g. for Prometheus. Must neither wait nor raise."""
+
+    def publish(self, stage: str, metrics: Mapping[str, float]) -> None: ...
+
+    def end_stage(self, stage: str) -> None: ...
 
 
 class RunTracker:
@@ -78,12 +86,17 @@ class RunTracker:
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self._closed = False
+        self._mirror: Mirror | None = None
         self._start(name or run_dir.name, settings or {})
 
     def stage(self, name: str, *, total_steps: int) -> StageTracker:
         """The tracker of one stage; `total_steps` counts from the stage's beginning, also after a resume."""
         self.event(STAGE_START, {"total_steps": total_steps}, stage=name)
         return StageTracker(self, name, total_steps)
+
+    def mirror_to(self, mirror: Mirror | None) -> None:
+        """From here on, every figure also goes to the mirror; None ends that."""
+        self._mirror = mirror
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Figures of the run as a whole (stage `run`)."""
@@ -115,6 +128,15 @@ class RunTracker:
             }
         )
         self._warn_if_held(self._metrics)
+        if self._mirror is not None:
+            self._mirror.publish(stage, metrics)
+
+    def end_stage(self, stage: str, status: str, elapsed_s: float) -> None:
+        """A stage is over; its progress line stays."""
+        self.event(STAGE_END, {"status": status, "elapsed_s": elapsed_s}, stage=stage)
+        self._console.keep()
+        if self._mirror is not None:
+            self._mirror.end_stage(stage)
 
     def write_rollouts(self, stage: str, step: int, rows: Sequence[RolloutRow]) -> None:
         """Hands the rows to the writing thread; the event that announces the file follows the file."""
@@ -130,9 +152,6 @@ class RunTracker:
 
     def show(self, line: str, *, step: int, last: bool) -> None:
         self._console.progress(line, step=step, last=last)
-
-    def keep_line(self) -> None:
-        self._console.keep()
 
     def close(self, status: str = "finished", timeout_s: float | None = None) -> None:
         """Ends the attempt: `status` is `finished`, `failed` or `interrupted`. Waits at most `timeout_s`
@@ -247,8 +266,7 @@ class StageTracker:
         """Ends the stage; its progress line stays. A second call does nothing."""
         if not self._closed:
             self._closed = True
-            self.event(STAGE_END, {"status": status, "elapsed_s": time.monotonic() - self._began})
-            self._run.keep_line()
+            self._run.end_stage(self._stage, status, time.monotonic() - self._began)
 
 
 def _next_attempt(run_dir: Path) -> int:
