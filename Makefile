@@ -25,7 +25,7 @@ demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (a
 PYTEST := $(BIN)/python -m pytest -q -m "not oracle"
 PARTS := cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
-	$(MAKE) --no-print-directory -j2 -Otarget $(PARTS:%=test-%)
+	$(MAKE) --no-print-directory -k -j2 -Otarget $(PARTS:%=test-%)
 
 test-plain: TESTS := platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py

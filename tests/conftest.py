@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -21,6 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A shell that starts the tests in the background lets them, and all programs they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The plugin would import this at the end of the session, where Python 3.11.7 can trip over its own AST
 # recursion counter (CPython gh-106905).
 import hypothesis.internal.observability  # noqa: F401
@@ -33,15 +38,17 @@ def ray_session() -> Iterator[None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="tr", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=400 * 2**20,
-        include_dashboard=False,
-        log_to_driver=True,
-        _temp_dir=folder,
-        namespace="test",
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=8,
+            object_store_memory=400 * 2**20,
+            include_dashboard=False,
+            log_to_driver=True,
+            _temp_dir=folder,
+            namespace="test",
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
