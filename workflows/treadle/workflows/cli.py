@@ -21,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_TYPERS_CTRL_C = 130  # what it returns instead of raising KeyboardInterrupt
+
 RecipeArg = Annotated[
     str,
     typer.Argument(
@@ -171,7 +173,7 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
     elif text:
         print(text)
     if code:
-        raise typer.Exit(code)
+        sys.exit(code)
 
 
 def _fail(error: TreadleError, as_json: bool) -> NoReturn:
@@ -189,13 +191,10 @@ def main() -> None:
             from treadle.platform.failpoints import read_faults
 
             read_faults(os.environ)  # a misspelt fault is said here, not by some process later
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == _TYPERS_CTRL_C:
+            raise Interrupted("Stopped by the operator.")
     except TreadleError as error:
         _fail(error, "--json" in sys.argv)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(Interrupted("Stopped by the operator."), "--json" in sys.argv)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.TyperException as error:  # usage: an unknown command, option or argument
         _fail(ConfigError(str(error), "See `treadle --help`."), "--json" in sys.argv)
     except BrokenPipeError:

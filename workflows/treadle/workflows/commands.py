@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.platform.config import to_yaml
-from treadle.platform.errors import ConfigError
+from treadle.platform.errors import ConfigError, Interrupted
 from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.folder import RunFolder, read_json, replace_file
 from treadle.workflows.inputs import build_inputs
@@ -100,7 +100,11 @@ def _check_inputs(recipe: Recipe) -> dict[str, int]:
 def _play(recipe: Recipe, path: Path, as_json: bool) -> Result:
     from treadle.workflows.launch import play
 
-    summary = asyncio.run(play(recipe, path, quiet=as_json))
+    try:
+        summary = asyncio.run(play(recipe, path, quiet=as_json))
+    except KeyboardInterrupt:
+        remedy = f"Continue with: treadle resume {path}" if RunFolder(path).config.exists() else ""
+        raise Interrupted("Stopped by the operator.", remedy) from None
     return {**summary, "text": _text(RunFolder(path))}
 
 
