@@ -25,6 +25,7 @@ WITH_PROMPTS = f"stages.rl.prompts.url={PROMPTS}"
 MARK = "TREADLE_TEST_MARK"
 PATIENCE_S = 1800.0
 """For one run, which takes a quarter of a minute: only on a machine crowded with other work does it take longer."""
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 RAY_IS_LATE = "Ray does not start"
 """Ray gives its own daemons a fixed time to come up, which a busy machine can pass."""
 
@@ -81,6 +82,10 @@ class Program:
 
     def all_gone(self, within_s: float = 15.0) -> bool:
         return wait_until(lambda: not self.survivors(), within_s)
+
+    def all_but_agents_gone(self, within_s: float = 15.0) -> bool:
+        """After a kill -9: Ray's two agents may go on reporting it to their dead GCS for 60 s, then end."""
+        return wait_until(lambda: all(line.split()[1] in RAY_AGENTS for line in self.survivors()), within_s)
 
 
 def survivors_of(mark: str) -> list[str]:

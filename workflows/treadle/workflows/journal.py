@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -148,6 +149,8 @@ class Journal:
     async def _checkpoint(self, step: int, cursor: int, *, with_groups: bool) -> None:
         self.step = step
         with self.clock("checkpoint"):
+            if self._keeper.due(step):  # a step that is never repeated has left all its traces
+                await asyncio.to_thread(self._tracker.settle)
             await self._keeper.after_step(self.stage, step, cursor, with_groups=with_groups)
 
     def _newly_dropped(self, stream: GroupStream) -> dict[str, int]:

@@ -62,10 +62,14 @@ class CheckpointKeeper:
         restored = self._ledger.rollback_to(stage, newest.meta.ledger_mark)
         return Position(step=restored.step, cursor=restored.cursor, pending=restored.pending)
 
-    async def after_step(self, stage: str, step: int, cursor: int, *, with_groups: bool) -> bool:
-        """Saves if `step` steps are a multiple of `every_steps`. Returns whether it did."""
+    def due(self, step: int) -> bool:
+        """Whether `step` steps are a multiple of `every_steps`."""
         every = self._config.every_steps
-        if not every or step % every:
+        return every > 0 and step % every == 0
+
+    async def after_step(self, stage: str, step: int, cursor: int, *, with_groups: bool) -> bool:
+        """Saves if a checkpoint is due. Returns whether it did."""
+        if not self.due(step):
             return False
         folder = self._checkpoints.begin(stage, step)
         try:

@@ -32,7 +32,7 @@ STAGE_END = "stage_end"
 ROLLOUTS = "rollouts"
 FAILURE = "failure"
 WRITE_DEADLINE_S = 30.0
-"""How long the end of a run waits for the last sampled rollouts to be on the disk."""
+"""How long a checkpoint or the end of a run waits for sampled rollouts to be on the disk."""
 INTERRUPTED_DRAIN_S = 5.0
 """Whoever presses Ctrl-C does not want to wait; the spool keeps what MLflow has not taken."""
 
@@ -146,6 +146,10 @@ class RunTracker:
             self._writes = [write for write in self._writes if not write.done()]
             self._writes.append(self._writer.submit(self._keep_rollouts, stage, step, tuple(rows)))
 
+    def settle(self) -> None:
+        """Waits, at most 30 s, until the rollouts handed over so far are on the disk."""
+        wait(self._writes, timeout=WRITE_DEADLINE_S)
+
     def say(self, text: str) -> None:
         """A line on the console, without secrets."""
         self._console.say(self.redactor.message(text))
@@ -161,7 +165,7 @@ class RunTracker:
             if self._closed:
                 return
             self._closed = True
-        wait(self._writes, timeout=WRITE_DEADLINE_S)
+        self.settle()
         self._writer.shutdown(wait=False)
         self._console.keep()
         self.event(RUN_END, {"status": status, "elapsed_s": time.monotonic() - self._began})
@@ -261,6 +265,9 @@ class StageTracker:
         """Keeps the first `tracking.rollouts_per_step` of the rows, if the step is one of those kept."""
         if rows and self.wants_rollouts(step):
             self._run.write_rollouts(self._stage, step, rows[: self.rollouts_per_step])
+
+    def settle(self) -> None:
+        self._run.settle()
 
     def close(self, status: str = "finished") -> None:
         """Ends the stage; its progress line stays. A second call does nothing."""
