@@ -231,7 +231,7 @@ def test_the_readme_program_trains_two_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     printed = [line.split() for line in done.stdout.splitlines() if re.match(r"\d+ ", line)]
     assert [int(step) for step, *_ in printed] == [0, 1]
-    assert all(float(entropy) > 2 for *_, entropy in printed)  # nearly uniform over some twenty characters
+    assert all(0 <= float(reward) <= 2 and float(length) >= 1 for _, reward, length in printed)
     run = tmp_path / "runs" / "mine"
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     assert (run / "metrics.jsonl").read_text().count("\n") == 2

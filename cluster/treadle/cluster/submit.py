@@ -62,7 +62,8 @@ def submit_recipe(
     status = client.follow(job.id, _discard if quiet else _print)
     if status.exit_code:
         failure = ClusterError(
-            f"Job {job.id} {status.status.lower()} with exit code {status.exit_code}: {status.message}",
+            f"Job {job.id} {status.status.lower()} with exit code {status.exit_code}: "
+            f"{_without_log(status.message)}.",
             f"Read its log: ray job logs --address {job.dashboard} {job.id}",
         )
         failure.exit_code = (
@@ -167,6 +168,11 @@ class JobClient:
             if self.status(job_id).exit_code is not None:
                 return
             await asyncio.sleep(_POLL_S)
+
+
+def _without_log(message: str) -> str:
+    """Ray appends the end of the log, which has been shown already."""
+    return message.strip().split("\n", 1)[0].split(", last available logs", 1)[0].rstrip(".")
 
 
 def _first_line(error: BaseException) -> str:
