@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test e2e unit lint oracle bench reproduce-demo clean
+.PHONY: help demo test unit lint oracle bench reproduce-demo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -23,10 +23,12 @@ demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (a
 # A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next. Two at
 # a time, because most of them wait for processes to start.
 PYTEST := $(BIN)/python -m pytest -q -m "not oracle"
-PARTS := cluster learner plain rollout verify broadcast backends
+PARTS := kills runs cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
 	$(MAKE) --no-print-directory -k -j2 -Otarget $(PARTS:%=test-%)
 
+test-kills: TESTS := e2e/test_kill_and_resume.py
+test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk)
 test-plain: TESTS := platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py
 test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py contracts/test_transport_contract.py
@@ -36,9 +38,6 @@ test-backends: TESTS := contracts/test_learner_backend_contract.py
 test-cluster: TESTS := cluster
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
-
-e2e: $(VENV)/.dev ## Whole runs: kill and resume, jobs on a two-node cluster, bad input, the documents' programs
-	$(BIN)/python -m pytest -q tests/e2e
 
 unit: $(VENV)/.dev ## The tests that start nothing: under 90 s
 	$(BIN)/python -m pytest -q -m "not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow" tests
