@@ -6,7 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from treadle.platform.records import Sample, WeightVersion
+from treadle.platform.errors import DataError
+from treadle.platform.records import Issue, Sample, WeightVersion
 
 if TYPE_CHECKING:
     from treadle.actors.rollout.config import RolloutConfig
@@ -35,6 +36,25 @@ class BuildEngine(Protocol):
     """Makes an engine that holds the model of a Hugging Face folder, as weights of `version`."""
 
     def __call__(self, config: RolloutConfig, model_folder: str, version: WeightVersion) -> Engine: ...
+
+
+def check_fits(issue: Issue, max_context_tokens: int, vocabulary: int) -> None:
+    """Raises `DataError` naming the prompt when an engine with this context and vocabulary cannot draw it."""
+    prompt, new = issue.prompt, issue.sampling.max_new_tokens
+    tokens = len(prompt.token_ids)
+    if tokens == 0:
+        raise DataError(f"rollout/draw: prompt {prompt.id} is empty.", "Remove it from the data.")
+    if tokens + new > max_context_tokens:
+        raise DataError(
+            f"rollout/draw: prompt {prompt.id} of {tokens} tokens plus max_new_tokens={new} exceeds "
+            f"rollout.max_context_tokens={max_context_tokens}.",
+            "Shorten the prompt, lower sampling.max_new_tokens or raise rollout.max_context_tokens.",
+        )
+    if (largest := int(prompt.token_ids.max())) >= vocabulary:
+        raise DataError(
+            f"rollout/draw: prompt {prompt.id} holds token {largest}, the model knows {vocabulary}.",
+            "Tokenize the prompts with the model's own tokenizer.",
+        )
 
 
 def build_engine(config: RolloutConfig, model_folder: str, version: WeightVersion) -> Engine:

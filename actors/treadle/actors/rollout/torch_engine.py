@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from treadle.actors.rollout.config import RolloutConfig
-from treadle.actors.rollout.engines import FinishedSample
+from treadle.actors.rollout.engines import FinishedSample, check_fits
 from treadle.actors.rollout.hf_model import HfModel, States
 from treadle.actors.rollout.independence import rows_are_independent
 from treadle.actors.rollout.kv_cache import SlotCache
@@ -35,7 +35,7 @@ from treadle.actors.rollout.rows import Row, Rows
 from treadle.actors.rollout.sampling import draw
 from treadle.actors.rollout.stopping import Stops
 from treadle.platform.contracts import Engine, EngineSample
-from treadle.platform.errors import DataError, RolloutError
+from treadle.platform.errors import RolloutError
 from treadle.platform.records import Issue, StopReason, WeightVersion
 
 _log = logging.getLogger(__name__)
@@ -83,22 +83,7 @@ class TorchEngine:
 
     def admit(self, issue: Issue) -> None:
         """Queues all samples of a group. Raises `DataError` naming the prompt when it cannot fit."""
-        prompt, sampling = issue.prompt, issue.sampling
-        tokens, limit = len(prompt.token_ids), self._config.max_context_tokens
-        if tokens == 0:
-            raise DataError(f"rollout/draw: prompt {prompt.id} is empty.", "Remove it from the data.")
-        if tokens + sampling.max_new_tokens > limit:
-            raise DataError(
-                f"rollout/draw: prompt {prompt.id} of {tokens} tokens plus max_new_tokens="
-                f"{sampling.max_new_tokens} exceeds rollout.max_context_tokens={limit}.",
-                "Shorten the prompt, lower sampling.max_new_tokens or raise rollout.max_context_tokens.",
-            )
-        if int(prompt.token_ids.max()) >= self._model.vocabulary:
-            raise DataError(
-                f"rollout/draw: prompt {prompt.id} holds token {int(prompt.token_ids.max())}, the model knows "
-                f"{self._model.vocabulary}.",
-                "Tokenize the prompts with the model's own tokenizer.",
-            )
+        check_fits(issue, self._config.max_context_tokens, self._model.vocabulary)
         self._queue.append(_Queued(issue=issue))
 
     @torch.inference_mode()

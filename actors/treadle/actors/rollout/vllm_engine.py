@@ -30,7 +30,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from treadle.actors.rollout.config import RolloutConfig
-from treadle.actors.rollout.engines import FinishedSample
+from treadle.actors.rollout.engines import FinishedSample, check_fits
 from treadle.kernels.digest import state_digest
 from treadle.platform.contracts import Engine, EngineSample
 from treadle.platform.errors import ConfigError, DataError, MismatchError, RolloutError
@@ -109,7 +109,7 @@ class VllmEngine:
 
     def admit(self, issue: Issue) -> None:
         """Queues all samples of a group. Raises `DataError` naming the prompt when it cannot fit."""
-        self._check_fits(issue)
+        check_fits(issue, self._config.max_context_tokens, self._vocabulary)
         tokens = issue.prompt.token_ids.tolist()
         for index in range(issue.sampling.group_size):
             request = self._add("draw-", tokens, self._sampling(issue, index))
@@ -229,23 +229,6 @@ class VllmEngine:
             row.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return FinishedSample(issue_id=row.issue.id, sample=sample, text=text)
-
-    def _check_fits(self, issue: Issue) -> None:
-        prompt, limit = issue.prompt, self._config.max_context_tokens
-        if len(prompt.token_ids) == 0:
-            raise DataError(f"rollout/draw: prompt {prompt.id} is empty.", "Remove it from the data.")
-        if len(prompt.token_ids) + issue.sampling.max_new_tokens > limit:
-            raise DataError(
-                f"rollout/draw: prompt {prompt.id} of {len(prompt.token_ids)} tokens plus max_new_tokens="
-                f"{issue.sampling.max_new_tokens} exceeds rollout.max_context_tokens={limit}.",
-                "Shorten the prompt, lower sampling.max_new_tokens or raise rollout.max_context_tokens.",
-            )
-        if int(prompt.token_ids.max()) >= self._vocabulary:
-            raise DataError(
-                f"rollout/draw: prompt {prompt.id} holds token {int(prompt.token_ids.max())}, the model knows "
-                f"{self._vocabulary}.",
-                "Tokenize the prompts with the model's own tokenizer.",
-            )
 
     def _check_weights(self, given: Mapping[str, torch.Tensor]) -> None:
         """vLLM only logs what it did not find, and copies whatever fits."""
