@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 Ref: TypeAlias = Any
-"""An opaque handle to a record in the object store. Workflows pass it on and never open it."""
+"""An opaque handle: a reference into the object store, or a small record itself, `packed.Packed` where it has
+parts. Workflows pass it on and never open it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

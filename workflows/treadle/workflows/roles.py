@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from treadle.platform.contracts import Broadcast, Learner, Rollouts, Scorer, Verifiers
+from treadle.platform.packed import unpacked
 from treadle.platform.records import Ref, WeightVersion
 
 
@@ -44,7 +45,7 @@ class Roles:
 async def opened(ref: Ref) -> object:
     """The record behind a reference. For the few places where the driver itself looks at samples (tables of
     chains, distillation sets); the training path never does."""
-    return await ref if inspect.isawaitable(ref) else ref
+    return await ref if inspect.isawaitable(ref) else unpacked(ref)
 
 
 async def texts_of(ref: Ref) -> Sequence[str]:

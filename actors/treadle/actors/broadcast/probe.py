@@ -6,6 +6,7 @@ the learner does. A wrong mask, a missing bias or a tied head that was not re-ti
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -42,9 +43,9 @@ class Probe:
         Raises `MismatchError` naming the worst engine when it is above the limit or not a number, and
         `BroadcastError` when no engine or no learner answered.
         """
-        # One after the other: both run on the same cores of a small machine, and deadlines stay meaningful.
-        ours = await self.learner.logprobs(self.sequences)
-        theirs = await self.rollouts.logprobs(self.sequences)
+        ours, theirs = await asyncio.gather(
+            self.learner.logprobs(self.sequences), self.rollouts.logprobs(self.sequences)
+        )
         answers = {name: values for name, values in theirs.items() if name in engines}
         if not ours or not answers:
             raise BroadcastError(

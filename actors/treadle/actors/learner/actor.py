@@ -21,6 +21,7 @@ from treadle.actors.learner.fresh import ModelShape, random_model
 from treadle.actors.learner.rank import LearnerRank
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError
+from treadle.platform.packed import unpacked
 from treadle.platform.records import Group, Json, Ref, Share, TrainSample, WeightManifest
 
 
@@ -31,7 +32,7 @@ class Offering(Protocol):
 
 
 class RefResolver:
-    """Opens references through the object store within a deadline; anything else is a group already."""
+    """Opens references through the object store within a deadline; other groups came with the call."""
 
     def __init__(self, rank: int, deadline_s: float) -> None:
         self._rank = rank
@@ -46,7 +47,7 @@ class RefResolver:
                 f"learner rank {self._rank}: {len(remote)} groups did not arrive in {self._deadline_s:g} s.",
                 "Look for a rollout worker that died while its groups were in use.",
             ) from error
-        return [next(opened) if isinstance(ref, ray.ObjectRef) else ref for ref in refs]
+        return [next(opened) if isinstance(ref, ray.ObjectRef) else unpacked(ref) for ref in refs]
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})

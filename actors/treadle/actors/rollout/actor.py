@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
+from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import DrawnGroup
 from treadle.actors.rollout.handles import Launch, WorkerDiedError
 from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
 from treadle.platform.errors import TreadleError
+from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Issue, Ref, WeightManifest, WeightVersion
+
+_SMALL_BYTES = 65_536
+"""A group that cannot grow beyond this travels by value, together with others that are done at the same time; a
+larger one stays in the object store, and only those who need it fetch it."""
+_TOKEN_BYTES = 16
+"""Of a sample: its id, mask, log-probability, and its part of the text."""
+_LINGER_S = 0.02
+"""A few decode steps of a small model: what is done by then is fetched in the same call."""
+
+Asked: TypeAlias = tuple[Issue, int]
+"""An issue and the least version step it may be drawn with."""
+SmallGroup: TypeAlias = tuple[Drawn, Packed, tuple[str, ...]]
 
 
 # Ray would repeat a call whose side effect happened, and restart without the weights: the pool does both
@@ -26,6 +40,7 @@ class RolloutActor:
 
     def __init__(self, name: str, config: RolloutConfig) -> None:
         self._worker = RolloutWorker(name, config)
+        self._mail = Mailbox(self._drawn, _LINGER_S)
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await self._worker.load(model_folder, version)
@@ -33,6 +48,13 @@ class RolloutActor:
     @ray.method(num_returns=3)
     async def draw(self, issue: Issue, min_version_step: int) -> DrawnGroup:
         return await self._worker.draw(issue, min_version_step)
+
+    async def post(self, letters: Sequence[Letter[Asked]]) -> None:
+        """Draws small groups; `fetch` gives them out."""
+        self._mail.post(letters)
+
+    async def fetch(self) -> list[Reply[SmallGroup]]:
+        return await self._mail.fetch()
 
     async def stage(self, manifest: WeightManifest, ticket: object) -> str:
         return await self._worker.stage(manifest, ticket)
@@ -46,17 +68,24 @@ class RolloutActor:
     async def status(self) -> WorkerStatus:
         return self._worker.status()
 
+    async def _drawn(self, asked: Asked) -> SmallGroup:
+        summary, group, texts = await self._worker.draw(*asked)
+        return summary, Packed.of(group), texts
+
 
 class RayWorker:
     """Implements `handles.WorkerHandle` over an actor handle, which stays reachable as `actor`."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self._courier: Courier[Asked, SmallGroup] = Courier(self._post, self._fetch)
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await _answer(self.actor.load.remote(model_folder, version))
 
     async def draw(self, issue: Issue, min_version_step: int) -> tuple[Drawn, Ref, Ref]:
+        if _most_bytes(issue) <= _SMALL_BYTES:
+            return await self._courier.ask((issue, min_version_step))
         summary, group, texts = self.actor.draw.remote(issue, min_version_step)
         return await _answer(summary), group, texts
 
@@ -68,6 +97,20 @@ class RayWorker:
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)
+        self._courier.close()
+
+    async def _post(self, letters: Sequence[Letter[Asked]]) -> None:
+        await _answer(self.actor.post.remote(letters))
+
+    async def _fetch(self) -> list[Reply[SmallGroup]]:
+        replies: list[Reply[SmallGroup]] = await _answer(self.actor.fetch.remote())
+        return replies
+
+
+def _most_bytes(issue: Issue) -> int:
+    """What the issue's group may come to."""
+    sampling = issue.sampling
+    return sampling.group_size * (len(issue.prompt.token_ids) + sampling.max_new_tokens) * _TOKEN_BYTES
 
 
 def ray_launch(config: RolloutConfig, options: Mapping[str, Any] | None = None) -> Launch:

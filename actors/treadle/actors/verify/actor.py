@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
+from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.verify.asked import JudgeRequest
 from treadle.actors.verify.client import ActorLostError, VerifierPool, VerifyHandle
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.pool import ProcessPool
 from treadle.platform.errors import RoleError, VerifierError
 from treadle.platform.records import Ref, Verdict
+
+_LINGER_S = 0.005
+"""Groups that came together are judged within moments of each other: their verdicts are fetched in one call."""
+Asked: TypeAlias = tuple[JudgeRequest, tuple[str, ...]]
+Verdicts: TypeAlias = tuple[Verdict, ...]
 
 
 # Ray would restart it without its processes, and without counting: the client replaces it within a budget.
@@ -24,12 +30,23 @@ class VerifyActor:
 
     def __init__(self, config: VerifyConfig) -> None:
         self._pool = ProcessPool(config)
+        self._mail = Mailbox(self._judged, _LINGER_S)
 
     async def start(self) -> None:
         await self._pool.start()
 
     async def judge(self, request: JudgeRequest, texts: tuple[str, ...]) -> tuple[Verdict, ...]:
         return await self._pool.judge(request, texts)
+
+    async def post(self, letters: Sequence[Letter[Asked]]) -> None:
+        """Judges completions that came by value; `fetch` gives the verdicts out."""
+        self._mail.post(letters)
+
+    async def fetch(self) -> list[Reply[Verdicts]]:
+        return await self._mail.fetch()
+
+    async def _judged(self, asked: Asked) -> Verdicts:
+        return await self._pool.judge(*asked)
 
     async def ping(self) -> None:
         """Answers while the event loop turns."""
@@ -40,13 +57,16 @@ class RayVerifyHandle:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self._courier: Courier[Asked, Verdicts] = Courier(self._post, self._fetch)
 
     async def start(self) -> None:
         await _answer(self.actor.start.remote(), "start")
 
     async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
+        if not isinstance(texts, ray.ObjectRef):
+            return await self._courier.ask((request, texts))
         # As an argument of its own the reference is resolved in the actor: completions pass the driver by.
-        verdicts: tuple[Verdict, ...] = await _answer(self.actor.judge.remote(request, texts), "judge")
+        verdicts: Verdicts = await _answer(self.actor.judge.remote(request, texts), "judge")
         return verdicts
 
     async def ping(self) -> None:
@@ -54,6 +74,14 @@ class RayVerifyHandle:
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)
+        self._courier.close()
+
+    async def _post(self, letters: Sequence[Letter[Asked]]) -> None:
+        await _answer(self.actor.post.remote(letters), "judge")
+
+    async def _fetch(self) -> list[Reply[Verdicts]]:
+        replies: list[Reply[Verdicts]] = await _answer(self.actor.fetch.remote(), "judge")
+        return replies
 
 
 def ray_verifier_pool(
