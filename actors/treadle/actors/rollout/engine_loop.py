@@ -26,6 +26,7 @@ from treadle.platform.records import Drawn, Group, Issue, Sample, WeightVersion
 T = TypeVar("T")
 DrawnGroup = tuple[Drawn, Group, tuple[str, ...]]
 """The summary (its references still empty), the group, the completions."""
+_GATHER_S, _GATHER_AT_MOST_S = 0.002, 0.03
 _NAP_S = 0.5
 
 
@@ -176,13 +177,17 @@ class EngineLoop:
         self._fail_pending(RolloutError(f"rollout/draw: worker {self.name} is closing."))
 
     def _serve(self, wait_s: float) -> None:
+        """Does what is in the inbox. An idle engine waits for more until nothing has come for a moment: the groups
+        of a step arrive one by one, and those that begin together share their prefill and their decode steps."""
         try:
             act = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            gathered_s = time.monotonic() + (_GATHER_AT_MOST_S if wait_s else 0.0)
             while True:
                 act()
                 self.progress += 1
                 self._beat_s = time.monotonic()
-                act = self._inbox.get_nowait()
+                gathering = self._beat_s < gathered_s
+                act = self._inbox.get(timeout=_GATHER_S) if gathering else self._inbox.get_nowait()
         except queue.Empty:
             return
 
