@@ -19,6 +19,7 @@ from treadle.actors.rollout.pool import RolloutPool
 from treadle.platform.contracts import Rollouts, Scorer
 from treadle.platform.errors import DataError, DeadlineError
 from treadle.platform.records import Drawn, Group, Issue, WeightVersion
+from treadle.workflows.roles import opened, texts_of
 
 CONFIG = RolloutConfig(workers=2, slots=16, max_context_tokens=96, draw_deadline_s=60.0, heartbeat_s=0.5)
 
@@ -79,7 +80,9 @@ def issues() -> list[Issue]:
 
 
 async def contents(drawn: Drawn) -> tuple[Group, tuple[str, ...]]:
-    return await drawn.group, await drawn.texts
+    group, texts = await opened(drawn.group), await texts_of(drawn.texts)
+    assert isinstance(group, Group)
+    return group, tuple(texts)
 
 
 def test_a_draw_returns_sizes_and_references_that_agree(run: Callable[[Use], None]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import pytest
-from tests.actors.verify.pool_helpers import children, odd_config, statuses
+from tests.actors.verify.pool_helpers import assert_no_children, odd_config, statuses
 from tests.actors.verify.test_verify_client import LocalHandle, drawn
 
 from treadle.actors.verify.client import VerifierPool
@@ -74,7 +74,7 @@ def test_one_verdict_per_sample_in_order(make: Make) -> None:
         assert [len(group) for group in many] == list(range(1, 9))
 
     with_verifiers(make, body)
-    assert children() == []
+    assert_no_children()
 
 
 def test_broken_slow_and_dying_verifiers_never_give_a_zero(make: Make) -> None:
@@ -88,7 +88,7 @@ def test_broken_slow_and_dying_verifiers_never_give_a_zero(make: Make) -> None:
         assert statuses(await verifiers.judge(answers("7"))) == ["scored"]
 
     with_verifiers(make, body)
-    assert children() == []
+    assert_no_children()
 
 
 def test_a_caller_that_gives_up_harms_nobody(make: Make) -> None:

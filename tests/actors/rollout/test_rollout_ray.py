@@ -24,7 +24,9 @@ from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
 from treadle.actors.rollout.torch_engine import TorchEngine, build
 from treadle.platform.errors import DataError, RolloutError
+from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Group, Issue, Sample, WeightManifest, WeightVersion
+from treadle.workflows.roles import opened, texts_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -96,7 +98,8 @@ def drawn_here(folder: str, issues: list[Issue]) -> dict[tuple[str, int], Sample
 async def assert_same_samples(drawn: list[Drawn], expected: dict[tuple[str, int], Sample]) -> None:
     seen = 0
     for one in drawn:
-        group: Group = await one.group
+        group = await opened(one.group)
+        assert isinstance(group, Group)
         assert group.id == one.id
         for sample in group.samples:
             seen += 1
@@ -127,8 +130,22 @@ def test_samples_are_the_same_whichever_process_draws_them(started: Started, fol
         drawn = await asyncio.gather(*(pool.draw(one) for one in issues))
         assert {d.worker for d in drawn} == {"rollout-0", "rollout-1"}
         await assert_same_samples(drawn, drawn_here(folder, issues))
-        texts = await drawn[0].texts
+        texts = await texts_of(drawn[0].texts)
         assert [len(t) > 0 for t in texts] == [True] * 4
+
+    started.run(use, folder)
+
+
+def test_a_small_group_comes_by_value_and_a_large_one_by_reference(started: Started, folder: str) -> None:
+    small = issue("small", prompt="1+1=", group_size=4, max_new_tokens=40)
+    large = issue("large", prompt="1+1=", group_size=24, max_new_tokens=200)
+
+    async def use(pool: RolloutPool) -> None:
+        drawn = await asyncio.gather(pool.draw(small), pool.draw(large))
+        assert isinstance(drawn[0].group, Packed)
+        assert isinstance(drawn[1].group, ray.ObjectRef)
+        assert [len(await texts_of(one.texts)) for one in drawn] == [4, 24]
+        await assert_same_samples(drawn, drawn_here(folder, [small, large]))
 
     started.run(use, folder)
 
@@ -201,8 +218,8 @@ def test_weights_adopted_in_the_middle_of_a_draw_show_in_the_samples(
             await asyncio.sleep(0.01)
         await publish(pool, other_folder, 1)
         drawn = await asyncio.gather(*drawing)
-        groups = [await d.group for d in drawn]
-        spans = {(s.oldest.step, s.newest.step) for g in groups for s in g.samples}
+        groups = [await opened(d.group) for d in drawn]
+        spans = {(s.oldest.step, s.newest.step) for g in groups if isinstance(g, Group) for s in g.samples}
         assert (0, 1) in spans
         assert spans <= {(0, 0), (0, 1), (1, 1)}
         after = issue("after", step=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -77,6 +78,14 @@ def children() -> list[int]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def assert_no_children() -> None:
+    """An actor is killed by a message to its node: its processes go with it, a moment later."""
+    deadline = time.monotonic() + 10
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert children() == []
 
 
 def statuses(verdicts: tuple[Verdict, ...]) -> list[str]:
