@@ -54,7 +54,7 @@ DEMO = Load(
     max_new_tokens=28,
     settings=(),
     warm_steps=3,
-    steps=10,
+    steps=30,
     rounds=3,
     step_deadline_s=30.0,
 )
