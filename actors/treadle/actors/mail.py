@@ -118,11 +118,6 @@ class Courier(Generic[QuestionT, AnswerT]):
         finally:
             del self._waiting[ticket]
 
-    def close(self) -> None:
-        """Fetches no more; the actor is gone."""
-        if self._fetching is not None:
-            self._fetching.cancel()
-
     def _send(self) -> None:
         letters, self._outbox = self._outbox, []
         task = asyncio.get_running_loop().create_task(self._posted(letters))

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +27,23 @@ GOOD = "<think>47+85=132</think><answer>132</answer><eos>"
 CONFIG = VerifyConfig(processes=2, eos="<eos>", judge_deadline_s=60.0, warm=["exact"], cpus=0.5)
 
 
-def group(*texts: str) -> Drawn:
+Group = Callable[..., Drawn]
+
+
+def stored_group(*texts: str) -> Drawn:
     """A group whose completions lie in the object store."""
     return replace(drawn(*texts, verifier="exact", answer="132"), texts=ray.put(texts))
+
+
+def small_group(*texts: str) -> Drawn:
+    """A group whose completions came with it."""
+    return drawn(*texts, verifier="exact", answer="132")
+
+
+@pytest.fixture(params=[stored_group, small_group], ids=["by reference", "by value"])
+def group(request: pytest.FixtureRequest) -> Group:
+    made: Group = request.param
+    return made
 
 
 def actor_of(pool: VerifierPool) -> Any:
@@ -37,14 +53,18 @@ def actor_of(pool: VerifierPool) -> Any:
 
 
 def verify_processes() -> list[psutil.Process]:
+    """Of this test's own Ray, not of another run on the machine."""
     found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        if "treadle.actors.verify.child" in (process.info["cmdline"] or []):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "treadle.actors.verify.child" in process.cmdline():
+                found.append(process)
     return found
 
 
-def test_groups_are_judged_in_the_actor_and_an_actor_that_dies_is_replaced(ray_session: None) -> None:
+def test_groups_are_judged_in_the_actor_and_an_actor_that_dies_is_replaced(
+    ray_session: None, group: Group
+) -> None:
     async def main() -> None:
         before = {process.pid for process in verify_processes()}
         pool = ray_verifier_pool(CONFIG, lambda index: {"name": f"verify-{index}"})
@@ -69,7 +89,7 @@ def test_groups_are_judged_in_the_actor_and_an_actor_that_dies_is_replaced(ray_s
 
 
 def test_a_frozen_actor_is_replaced_and_its_group_timed_out(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("treadle.actors.verify.client.PING_DEADLINE_S", 1.0)
 
@@ -90,7 +110,9 @@ def test_a_frozen_actor_is_replaced_and_its_group_timed_out(
     assert statuses(asyncio.run(main())) == ["timed_out"]
 
 
-def test_a_failpoint_that_kills_the_actor_loses_no_group(ray_session: None, tmp_path: Any) -> None:
+def test_a_failpoint_that_kills_the_actor_loses_no_group(
+    ray_session: None, group: Group, tmp_path: Any
+) -> None:
     faults = {
         "env_vars": {
             "TREADLE_FAILPOINTS": "verify.before_return=kill@2;verify.in_child=kill@5",
@@ -120,7 +142,7 @@ def test_lost_completions_are_failed_verdicts(ray_session: None) -> None:
     async def main() -> tuple[Verdict, ...]:
         pool = ray_verifier_pool(CONFIG)
         await pool.start()
-        verdicts = await pool.judge(replace(group(GOOD), texts=raises.remote()))
+        verdicts = await pool.judge(replace(stored_group(GOOD), texts=raises.remote()))
         await pool.close()
         return verdicts
 

@@ -97,7 +97,6 @@ class RayWorker:
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)
-        self._courier.close()
 
     async def _post(self, letters: Sequence[Letter[Asked]]) -> None:
         await _answer(self.actor.post.remote(letters))

@@ -74,7 +74,6 @@ class RayVerifyHandle:
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)
-        self._courier.close()
 
     async def _post(self, letters: Sequence[Letter[Asked]]) -> None:
         await _answer(self.actor.post.remote(letters), "judge")

@@ -180,7 +180,7 @@ def _locate(name: str, folder: str, library: Path | None, said_by: str = "") -> 
     reason = "is a folder" if Path(beside).is_dir() else "does not exist"
     raise ConfigError(
         f"{prefix}{beside} {reason}.",
-        f"Shipped recipes: {did_you_mean(name, names)}" if names else "",
+        f"Give a path, or a shipped recipe. {did_you_mean(name, names)}" if names else "",
     )
 
 
