@@ -39,8 +39,14 @@ test-cluster: TESTS := cluster
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 
+NOTHING_STARTED := not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow
 unit: $(VENV)/.dev ## The tests that start nothing: under 90 s
-	$(BIN)/python -m pytest -q -m "not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow" tests
+	$(MAKE) --no-print-directory -k -j2 -Otarget unit-actors unit-rest
+
+unit-actors: TESTS := tests/actors tests/contracts tests/kernels
+unit-rest: TESTS := tests $(patsubst %,--ignore=tests/%,actors contracts kernels)
+unit-%: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "$(NOTHING_STARTED)" $(TESTS)
 
 lint: $(VENV)/.dev ## Format, lint, types, floors
 	$(BIN)/ruff format --check .
