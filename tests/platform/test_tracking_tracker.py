@@ -7,7 +7,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from treadle.platform.tracking import (
     read_rollouts,
     rollout_rows,
     split_completion,
+    tracker,
 )
 
 OFF = TrackingConfig(mlflow="off")
@@ -194,6 +197,31 @@ def test_a_rollouts_folder_that_cannot_be_written_warns_once_and_the_run_goes_on
     run.close()
     assert stream.getvalue().count("are lost") == 1
     assert len(read_metrics(tmp_path)) == 3
+
+
+def test_settling_waits_for_the_rollouts_and_says_which_are_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    write = tracker.write_rollouts
+    monkeypatch.setattr(tracker, "WRITE_DEADLINE_S", 0.05)
+
+    def slow_disk(*args: Any, **kwargs: Any) -> str:
+        assert release.wait(30)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(tracker, "write_rollouts", slow_disk)
+    run, stream = _run(tmp_path, TrackingConfig(mlflow="off", rollouts_every=1))
+    stage = run.stage("grpo", total_steps=1)
+    stage.rollouts(0, rollout_rows(_drawn(), ("1", "2"), _verdicts()))
+    stage.settle()
+    assert "sampled rollouts of 1 steps are not on the disk after 0.05 s" in stream.getvalue()
+    monkeypatch.setattr(tracker, "WRITE_DEADLINE_S", 30.0)
+    release.set()
+    stage.settle()
+    (file,) = tmp_path.glob("rollouts/**/*.parquet")
+    assert len(read_rollouts(file)) == 2
+    run.close()
 
 
 def test_numpy_figures_are_figures(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Many small questions to one actor in few calls.
 
-An actor call costs about a millisecond of processor time on either side, whatever it carries. The client sends
+An actor call has a price on either side, whatever it carries (`tests/benchmarks/bench_mail.py`). The client sends
 what was asked for at the same moment in one call and fetches the answers that have gathered meanwhile in
 another; an answer never waits for a slower question that happened to travel with it.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from treadle.platform.errors import RoleError, TreadleError
 
+_log = logging.getLogger(__name__)
 QuestionT = TypeVar("QuestionT")
 AnswerT = TypeVar("AnswerT")
 POLL_S = 20.0
@@ -42,8 +44,10 @@ class Mailbox(Generic[QuestionT, AnswerT]):
     """The actor's side: answers what comes in, each question in a task of its own, and keeps the replies until
     they are fetched. Lives on one event loop and serves one client."""
 
-    def __init__(self, answer: Callable[[QuestionT], Awaitable[AnswerT]], linger_s: float) -> None:
-        """`linger_s`: how long a fetch waits for more replies once there is one and others are on their way."""
+    def __init__(self, name: str, answer: Callable[[QuestionT], Awaitable[AnswerT]], linger_s: float) -> None:
+        """`name` begins the message of an error nobody foresaw; `linger_s` is how long a fetch waits for more
+        replies once there is one and others are on their way."""
+        self._name = name
         self._answer = answer
         self._linger_s = linger_s
         self._replies: list[Reply[AnswerT]] = []
@@ -74,8 +78,10 @@ class Mailbox(Generic[QuestionT, AnswerT]):
             reply = Reply(letter.ticket, answer=await self._answer(letter.question))
         except TreadleError as error:
             reply = Reply(letter.ticket, error=error)
-        except Exception as error:  # noqa: BLE001  the client must hear of it, and only it
-            reply = Reply(letter.ticket, error=RoleError(f"{type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001  the one who asked must hear of it, and nobody else
+            _log.exception("%s: a question could not be answered", self._name)
+            message = f"{self._name}: {type(error).__name__}: {error}"
+            reply = Reply(letter.ticket, error=RoleError(message, "See the actor's log for the traceback."))
         self._replies.append(reply)
         self._news.set()
         task = asyncio.current_task()
@@ -90,6 +96,7 @@ class Courier(Generic[QuestionT, AnswerT]):
 
     consumes: questions; waits for: the actor's next replies; unblocked by: them, or the end of a call with an
     error (the actor's death), which every question in flight then raises; produces: answers.
+    A frozen actor answers nothing: whoever asks has a deadline of its own, and whoever owns the actor kills it.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class Courier(Generic[QuestionT, AnswerT]):
         post: Callable[[Sequence[Letter[QuestionT]]], Awaitable[None]],
         fetch: Callable[[], Awaitable[Sequence[Reply[AnswerT]]]],
     ) -> None:
+        """`post` and `fetch` call the mailbox's methods in the actor, and raise when the actor is gone."""
         self._post = post
         self._fetch = fetch
         self._tickets = itertools.count()

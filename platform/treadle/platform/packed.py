@@ -19,9 +19,11 @@ class Packed:
 
     @classmethod
     def of(cls, value: object) -> Packed:
+        """Raises what `pickle.dumps` raises for a value that cannot be pickled."""
         return cls(pickle.dumps(value, protocol=5))
 
     def open(self) -> Any:
+        """The value, made anew at every call."""
         return pickle.loads(self.data)  # noqa: S301  from the run's own actors
 
 

@@ -134,6 +134,22 @@ def test_a_failpoint_that_kills_the_actor_loses_no_group(
     assert len(list(tmp_path.iterdir())) == 2, "a failpoint did not fire"
 
 
+def test_an_error_nobody_foresaw_is_a_failed_verdict_however_the_completions_travel(
+    ray_session: None, group: Group
+) -> None:
+    faults = {"env_vars": {"TREADLE_FAILPOINTS": "verify.before_judge=raise:odd"}}
+
+    async def main() -> list[str]:
+        pool = ray_verifier_pool(CONFIG, lambda _: {"runtime_env": faults})
+        await pool.start()
+        first, second = await pool.judge(group(GOOD)), await pool.judge(group(GOOD))
+        await pool.close()
+        assert "FailpointError" in first[0].detail
+        return statuses(first) + statuses(second)
+
+    assert asyncio.run(main()) == ["failed", "scored"]
+
+
 def test_lost_completions_are_failed_verdicts(ray_session: None) -> None:
     @ray.remote
     def raises() -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class RolloutActor:
 
     def __init__(self, name: str, config: RolloutConfig) -> None:
         self._worker = RolloutWorker(name, config)
-        self._mail = Mailbox(self._drawn, _LINGER_S)
+        self._mail = Mailbox("rollout/draw", self._drawn, _LINGER_S)
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await self._worker.load(model_folder, version)
@@ -54,6 +54,7 @@ class RolloutActor:
         self._mail.post(letters)
 
     async def fetch(self) -> list[Reply[SmallGroup]]:
+        """See `Mailbox.fetch`."""
         return await self._mail.fetch()
 
     async def stage(self, manifest: WeightManifest, ticket: object) -> str:

@@ -27,6 +27,7 @@ T = TypeVar("T")
 DrawnGroup = tuple[Drawn, Group, tuple[str, ...]]
 """The summary (its references still empty), the group, the completions."""
 _GATHER_S, _GATHER_AT_MOST_S = 0.002, 0.03
+"""How long an idle engine waits for one more issue, and for all of them: less than a decode step, and a few."""
 _NAP_S = 0.5
 
 

@@ -14,7 +14,7 @@ from treadle.actors.verify.asked import JudgeRequest
 from treadle.actors.verify.client import ActorLostError, VerifierPool, VerifyHandle
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.pool import ProcessPool
-from treadle.platform.errors import RoleError, VerifierError
+from treadle.platform.errors import RoleError, TreadleError, VerifierError
 from treadle.platform.records import Ref, Verdict
 
 _LINGER_S = 0.005
@@ -30,7 +30,7 @@ class VerifyActor:
 
     def __init__(self, config: VerifyConfig) -> None:
         self._pool = ProcessPool(config)
-        self._mail = Mailbox(self._judged, _LINGER_S)
+        self._mail = Mailbox("verify, judge", self._judged, _LINGER_S)
 
     async def start(self) -> None:
         await self._pool.start()
@@ -43,6 +43,7 @@ class VerifyActor:
         self._mail.post(letters)
 
     async def fetch(self) -> list[Reply[Verdicts]]:
+        """See `Mailbox.fetch`."""
         return await self._mail.fetch()
 
     async def _judged(self, asked: Asked) -> Verdicts:
@@ -64,10 +65,18 @@ class RayVerifyHandle:
 
     async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
         if not isinstance(texts, ray.ObjectRef):
-            return await self._courier.ask((request, texts))
+            return await self._by_value(request, texts)
         # As an argument of its own the reference is resolved in the actor: completions pass the driver by.
         verdicts: Verdicts = await _answer(self.actor.judge.remote(request, texts), "judge")
         return verdicts
+
+    async def _by_value(self, request: JudgeRequest, texts: tuple[str, ...]) -> Verdicts:
+        try:
+            return await self._courier.ask((request, texts))
+        except RoleError:
+            raise
+        except TreadleError as error:  # says nothing about the samples either: as when they go by reference
+            raise VerifierError(f"verify, judge: {type(error).__name__}: {error}."[:500]) from error
 
     async def ping(self) -> None:
         await _answer(self.actor.ping.remote(), "ping")

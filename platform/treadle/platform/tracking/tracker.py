@@ -147,8 +147,14 @@ class RunTracker:
             self._writes.append(self._writer.submit(self._keep_rollouts, stage, step, tuple(rows)))
 
     def settle(self) -> None:
-        """Waits, at most 30 s, until the rollouts handed over so far are on the disk."""
-        wait(self._writes, timeout=WRITE_DEADLINE_S)
+        """Waits, at most 30 s, until the rollouts handed over so far are on the disk; says how many are not."""
+        late = wait(self._writes, timeout=WRITE_DEADLINE_S).not_done
+        if late:
+            self._warn(
+                "late rollouts",
+                f"sampled rollouts of {len(late)} steps are not on the disk after {WRITE_DEADLINE_S:g} s; a run "
+                "resumed from here may lack them",
+            )
 
     def say(self, text: str) -> None:
         """A line on the console, without secrets."""
@@ -267,6 +273,7 @@ class StageTracker:
             self._run.write_rollouts(self._stage, step, rows[: self.rollouts_per_step])
 
     def settle(self) -> None:
+        """See `RunTracker.settle`."""
         self._run.settle()
 
     def close(self, status: str = "finished") -> None:
