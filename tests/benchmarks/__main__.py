@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.benchmarks.bench_rows import hardware, read_rows, table
 
-BENCHES = ("bench_engine", "bench_mail", "bench_overlap", "bench_step")
+BENCHES = ("bench_engine", "bench_linear", "bench_mail", "bench_overlap", "bench_step")
 
 
 def arguments_of(bench: str, out: Path, *, quick: bool) -> list[str]:

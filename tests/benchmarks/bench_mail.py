@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,7 @@ def main() -> None:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
     append_rows(given.out, [row])
-    print(
-        table(
-            [{"name": row.name, "ours": row.ours, "theirs": row.theirs, "ratio": row.ratio, "unit": row.unit}]
-        )
-    )
+    print(table([asdict(row)]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tests.benchmarks.bench_rows import (
@@ -180,14 +180,7 @@ def main() -> None:
         setup = given.setup or search(load, folder, SETUPS if given.search else SHORTLIST)
         rows.append(compare(load, Bench(load, folder), setup))
         append_rows(given.out, rows[-1:])
-    print(
-        table(
-            [
-                {"name": r.name, "ours": r.ours, "theirs": r.theirs, "ratio": r.ratio, "unit": r.unit}
-                for r in rows
-            ]
-        )
-    )
+    print(table([asdict(row) for row in rows]))
 
 
 if __name__ == "__main__":

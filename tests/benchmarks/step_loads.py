@@ -66,6 +66,7 @@ TAIL = Load(
     max_new_tokens=256,
     settings=(
         "rollout.slots=32",
+        "rollout.row_block=4",
         "rollout.kv_step_tokens=64",
         "rollout.max_context_tokens=320",
         "stages.grpo.optim.lr=1e-6",

@@ -21,7 +21,7 @@ class RolloutConfig:
     workers: int = 1
     slots: int = 96
     """Sequences a worker draws at once; a multiple of `row_block`. More queue up and refill finished rows."""
-    row_block: int = 16
+    row_block: int = 8
     """Rows are computed in multiples of this many, so that a nearly empty batch does not pay for all
     slots."""
     max_context_tokens: int = 512
@@ -77,10 +77,10 @@ class RolloutConfig:
         for name in (*counts, "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)}.", "Set it to at least 1.")
-        if self.row_block % 8 or self.slots % self.row_block:
+        if self.row_block % 4 or self.slots % self.row_block:
             raise ConfigError(
                 f"rollout.slots={self.slots} with rollout.row_block={self.row_block}.",
-                "Set row_block to a multiple of 8 and slots to a multiple of row_block.",
+                "Set row_block to a multiple of 4 and slots to a multiple of row_block.",
             )
         if self.kv_step_tokens % 16:
             raise ConfigError(

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.kv_cache import ATTENTION, PrefillCache, SlotCache
+from treadle.actors.rollout.packed_linear import pack_linears
 from treadle.kernels.digest import state_digest
 from treadle.platform.errors import ConfigError, DataError, MismatchError
 
@@ -45,8 +46,14 @@ class HfModel:
         self.eos = _eos_ids(self._model, self.tokenizer, folder)
         _check_context(self._model.config, config.max_context_tokens, folder)
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
+        self._packed = pack_linears(self._model, config.slots)
         self.batch_prefill = True
         """Whether sequences of one padded length share a forward; off where rows are not independent."""
+
+    @property
+    def packed_layers(self) -> int:
+        """Linear layers that compute with packed weights."""
+        return len(self._packed)
 
     def decode(
         self, tokens: torch.Tensor, positions: torch.Tensor, longest: int, cache: SlotCache
@@ -96,6 +103,8 @@ class HfModel:
         with torch.no_grad():
             for name, tensor in given.items():
                 held[name].copy_(tensor)
+            for layer in self._packed:
+                layer.repack()
         return state_digest((name, held[name].detach()) for name in given)
 
     def digest(self) -> str:
