@@ -66,7 +66,8 @@ class Rewards:
     def _score(self, name: str, text: str, payload: dict[str, Any], finished: bool) -> float:
         if name not in self._verifiers:
             self._verifiers[name] = make_composite(name, self.spec)
-        return sum(value for _, value in self._verifiers[name].score(text, payload, finished))
+        parts = self._verifiers[name].score(text, payload, finished)
+        return sum(self.spec.parts[part] * value for part, value in parts)
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]  # transformers is read as untyped

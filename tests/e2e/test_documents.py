@@ -81,7 +81,7 @@ def verifier(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Verifier:
     monkeypatch.setitem(VERIFIERS, "parity", "contributed_verifier:Parity")  # type: ignore[arg-type]
     case = verifiers.Case({"even": True}, "132", "133", {"even": "yes"})
     monkeypatch.setitem(verifiers.CASES, "parity", case)
-    return make_verifier("parity", {})
+    return make_verifier("parity", {}, {})
 
 
 @pytest.mark.parametrize("test", promises(verifiers, "name", "verifier"), ids=lambda test: test.__name__)

@@ -151,7 +151,7 @@ class Verifier(Protocol):
     version: str
 
     def score(self, completion: str, payload: Mapping[str, Json]) -> tuple[tuple[str, float], ...]:
-        """Named reward parts, summed by the pool's weights. Raises to say "failed" (not "wrong")."""
+        """Named reward parts, to be summed with the run's weights. Raises to say "failed" (not "wrong")."""
         ...
 
 

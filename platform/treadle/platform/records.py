@@ -157,9 +157,9 @@ class VerdictStatus(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The judgement of one sample. `reward` counts only when `status` is scored; otherwise it is NaN so that
-    no arithmetic can mistake it for a zero.
+    no arithmetic can mistake it for a zero. `parts` are as the verifiers gave them; the reward is their weighted sum.
 
-    Example: `Verdict(status=SCORED, reward=1.1, parts=(("accuracy", 1.0), ("format", 0.1)), wall_s=0.002,
+    Example: `Verdict(status=SCORED, reward=1.1, parts=(("accuracy", 1.0), ("format", 1.0)), wall_s=0.002,
     detail="", verifier="exact/1")`.
     """
 

@@ -17,9 +17,12 @@ class Odd:
     name = "odd"
     version = "7"
 
+    def __init__(self, *, bonus: float = 0.0) -> None:
+        self._bonus = bonus
+
     def score(self, completion: str, payload: Mapping[str, object]) -> tuple[tuple[str, float], ...]:
         word, _, rest = completion.partition(" ")
-        return (("accuracy", float(getattr(self, f"do_{word}")(rest))),)
+        return (("accuracy", self._bonus + float(getattr(self, f"do_{word}")(rest))),)
 
     def do_ok(self, rest: str) -> float:
         return 1.0

@@ -27,9 +27,10 @@ def test_completions_are_scored_in_order_and_parts_sum_to_the_reward() -> None:
 
     verdicts = with_pool(config, body)
     assert [verdict.reward for verdict in verdicts] == [1.1, 1.1, 1.0, 0.1, 1.0]
-    assert verdicts[0].parts == (("accuracy", 1.0), ("format", 0.1))
+    assert verdicts[0].parts == (("accuracy", 1.0), ("format", 1.0))
     assert verdicts[0].verifier == "exact/1+format/1"
-    assert all(verdict.reward == sum(dict(verdict.parts).values()) for verdict in verdicts)
+    weighted = [sum(config.parts[name] * value for name, value in verdict.parts) for verdict in verdicts]
+    assert [verdict.reward for verdict in verdicts] == weighted
 
 
 def test_a_completion_that_was_cut_off_gets_no_format_credit() -> None:

@@ -66,7 +66,6 @@ class Recipe:
             raise ConfigError(
                 "stages: the recipe has none.", "Add at least one stage, e.g. stages.grpo.kind=grpo."
             )
-        _check_accuracy(self.verify)
         earlier: dict[str, StageConfig] = {}
         for name, stage in self.stages.items():
             where = f"stages.{name}"
@@ -79,15 +78,6 @@ class Recipe:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe from a file, an fsspec URL or by the name of a shipped one. Raises `ConfigError`."""
     return load(Recipe, source, overrides, library=RECIPES)
-
-
-def _check_accuracy(verify: VerifyConfig) -> None:
-    if verify.parts.get(ACCURACY_PART, 1.0) != 1.0:
-        raise ConfigError(
-            f"verify.parts.{ACCURACY_PART}={verify.parts[ACCURACY_PART]}: accuracy is read off the weighted part, a "
-            "right answer is one of 1.",
-            f"Set verify.parts.{ACCURACY_PART}=1 and weigh the other parts against it.",
-        )
 
 
 def _check_name(name: str) -> None:

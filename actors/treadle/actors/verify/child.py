@@ -39,7 +39,7 @@ def main() -> None:
     if hello is None:
         return
     limit_resources(cast(int, hello["memory_bytes"]))
-    judge = Judge(channel, Progress(int(sys.argv[2])), read_spec(hello), cast(float, hello["deadline_s"]))
+    judge = Judge(channel, Progress(int(sys.argv[2])), read_spec(hello))
     channel.send({"ready": "started"})
     while (message := channel.receive()) is not None:
         if "prepare" in message:
@@ -65,7 +65,8 @@ def take_channel() -> Channel:
 
 
 def limit_resources(memory_bytes: int) -> None:
-    """Limits of this process; the CPU limit is set per batch."""
+    """Limits of this process, soft ones: it may start programs of its own with other limits (`programs`). The CPU
+    limit is set per batch."""
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CORE, 0),
@@ -74,7 +75,7 @@ def limit_resources(memory_bytes: int) -> None:
     ):
         hard = resource.getrlimit(limit)[1]
         ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (ceiling, ceiling))
+        resource.setrlimit(limit, (ceiling, hard))
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
@@ -88,17 +89,17 @@ def read_spec(hello: dict[str, Json]) -> ScoringSpec:
         eos=cast(str, hello["eos"]),
         think_opened=cast(bool, hello["think_opened"]),
         custom=cast("dict[str, str]", hello["custom"]),
+        options=cast("dict[str, dict[str, object]]", hello["options"]),
     )
 
 
 class Judge:
     """Scores batches and reports a row per sample: index, parts, wall seconds, detail (empty when scored)."""
 
-    def __init__(self, channel: Channel, progress: Progress, spec: ScoringSpec, deadline_s: float) -> None:
+    def __init__(self, channel: Channel, progress: Progress, spec: ScoringSpec) -> None:
         self._channel = channel
         self._progress = progress
         self._spec = spec
-        self._deadline_s = deadline_s
         self._verifiers: dict[str, CompositeVerifier] = {}
 
     def prepare(self, name: str) -> None:
@@ -108,17 +109,19 @@ class Judge:
         except Exception as error:  # noqa: BLE001  whatever a factory raises is answered, not died of
             self._channel.send({"error": describe(error)})
         else:
-            self._channel.send({"ready": verifier.version})
+            self._channel.send({"ready": verifier.version, "deterministic": verifier.deterministic})
 
     def judge(self, batch: dict[str, Json]) -> None:
         """Answers with one or more frames of rows; the last one says `end`."""
         verifier = self._verifiers[str(batch["judge"])]
         payloads = cast("list[dict[str, Json]]", batch["payloads"])
         samples = cast("list[tuple[str, bool, int]]", batch["samples"])
-        self._limit_cpu(len(samples))
+        self._limit_cpu(len(samples) * cast(float, batch["deadline_s"]))
         rows: list[Json] = []
         flushed_s = monotonic()
         for index, (text, finished, prompt) in enumerate(samples):
+            if self._progress.stops_at(index):
+                break
             began_s = monotonic()
             if rows and began_s - flushed_s > FLUSH_AFTER_S:
                 self._channel.send({"rows": rows})
@@ -141,11 +144,11 @@ class Judge:
         self._channel.send({"rows": rows})
         os._exit(RETIRED)
 
-    def _limit_cpu(self, samples: int) -> None:
+    def _limit_cpu(self, seconds: float) -> None:
         """The pool watches the clock; this limit holds when the pool itself is frozen."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        limit = int(usage.ru_utime + usage.ru_stime + samples * self._deadline_s) + 5
+        limit = int(usage.ru_utime + usage.ru_stime + seconds) + 5
         resource.setrlimit(
             resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
         )

@@ -1,14 +1,14 @@
-"""A prompt's verifier and the format part, summed with the configured weights."""
+"""A prompt's verifier and the form parts, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from treadle.actors.verify.answer import without_eos
-from treadle.actors.verify.registry import make_verifier
+from treadle.actors.verify.registry import FORM, make_verifier
 from treadle.actors.verify.template import ROLE_MARKERS, FormatVerifier
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ class ScoringSpec:
     eos: str
     think_opened: bool
     custom: Mapping[str, str]
+    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 class CompositeVerifier:
-    """Scores one completion by several verifiers; `score` has the parts already weighted, so that they sum
-    to the reward."""
+    """Scores one completion by several verifiers, each of which adds parts."""
 
     name = "composite"
 
@@ -38,38 +38,42 @@ class CompositeVerifier:
         self._verifiers = verifiers
         self._spec = spec
         self.version = "+".join(f"{verifier.name}/{verifier.version}" for verifier in verifiers)
+        self.deterministic = all(getattr(verifier, "deterministic", False) for verifier in verifiers)
 
     def score(
         self, completion: str, payload: Mapping[str, Json], finished: bool = True
     ) -> tuple[tuple[str, float], ...]:
-        """Weighted parts. A completion that was cut off (`finished` false) gets no format credit.
+        """All parts, as the verifiers gave them. A completion that was cut off (`finished` false) gets no format
+        credit.
 
-        Raises `ValueError` for a part without a weight or with a value that is not finite.
+        Raises `ValueError` for a part without a weight, one that two verifiers give, or a value that is not finite.
         """
         body = without_eos(completion, self._spec.eos)
-        weighted: list[tuple[str, float]] = []
+        parts: dict[str, float] = {}
         for verifier in self._verifiers:
             for part, value in verifier.score(body, payload):
-                if part == FORMAT and not finished:
-                    value = 0.0  # noqa: PLW2901  the verifier cannot know of the cut
-                weighted.append((part, self._weight(part, value) * value))
-        return tuple(weighted)
+                if part in parts:
+                    raise ValueError(f"Two verifiers give the reward part {part!r}.")
+                self._check(part, value)
+                parts[part] = 0.0 if part == FORMAT and not finished else value
+        return tuple(parts.items())
 
-    def _weight(self, part: str, value: float) -> float:
+    def _check(self, part: str, value: float) -> None:
         if part not in self._spec.parts:
             raise ValueError(f"The reward part {part!r} has no weight. Set verify.parts.{part}.")
         if not isfinite(value):
             raise ValueError(f"The reward part {part!r} is {value}.")
-        return self._spec.parts[part]
 
 
 def make_composite(name: str, spec: ScoringSpec) -> CompositeVerifier:
-    """The verifier a prompt names, and the format part where it has a weight."""
-    forbidden = (*ROLE_MARKERS, spec.eos) if spec.eos else ROLE_MARKERS
-    template = FormatVerifier(opened=spec.think_opened, forbidden=forbidden)
+    """The verifier a prompt names, and each form part that `verify.parts` lists."""
+    beside = [part for part in FORM if part in spec.parts and part != name]
+    return CompositeVerifier([_made(part, spec) for part in (name, *beside)], spec)
+
+
+def _made(name: str, spec: ScoringSpec) -> Verifier:
+    options = dict(spec.options.get(name, {}))
     if name == FORMAT:
-        return CompositeVerifier([template], spec)
-    verifiers: list[Verifier] = [make_verifier(name, spec.custom)]
-    if spec.parts.get(FORMAT, 0.0) != 0.0:
-        verifiers.append(template)
-    return CompositeVerifier(verifiers, spec)
+        forbidden = (*ROLE_MARKERS, spec.eos) if spec.eos else ROLE_MARKERS
+        return FormatVerifier(opened=spec.think_opened, forbidden=forbidden)
+    return make_verifier(name, spec.custom, options)

@@ -40,6 +40,7 @@ class CountdownVerifier:
 
     name = "countdown"
     version = "1"
+    deterministic = True
 
     def score(self, completion: str, payload: Mapping[str, Json]) -> tuple[tuple[str, float], ...]:
         numbers = integers(payload, "numbers")

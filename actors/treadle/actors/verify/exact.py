@@ -20,6 +20,7 @@ class ExactVerifier:
 
     name = "exact"
     version = "1"
+    deterministic = True
 
     def score(self, completion: str, payload: Mapping[str, Json]) -> tuple[tuple[str, float], ...]:
         gold = plain(text_field(payload, "answer"))

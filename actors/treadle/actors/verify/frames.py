@@ -21,6 +21,8 @@ MAX_REPLY_BYTES = 2**20
 MAX_DETAIL_CHARACTERS = 500
 _BEGAN_S = struct.Struct("=d")
 _INDEX = struct.Struct("=q")
+_STOP = struct.Struct("=q")
+_STOP_AT = _BEGAN_S.size + _INDEX.size
 
 
 def encode(message: Json) -> bytes:
@@ -61,9 +63,11 @@ class Channel:
 
 
 class Progress:
-    """Which sample a process works on and since when (`time.monotonic`, one clock for all processes)."""
+    """Which sample a process works on and since when (`time.monotonic`, one clock for all processes); and, in the
+    other direction, before which sample it is to end its batch because the rest is judged elsewhere."""
 
     IDLE = -1
+    NEVER = 2**62
 
     def __init__(self, fd: int) -> None:
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
@@ -75,6 +79,7 @@ class Progress:
         os.ftruncate(fd, mmap.PAGESIZE)
         progress = cls(fd)
         progress.start(cls.IDLE, 0.0)
+        progress.stop_before(cls.NEVER)
         return progress, fd
 
     def start(self, index: int, began_s: float) -> None:
@@ -86,6 +91,13 @@ class Progress:
         """Index (`IDLE` between batches) and start time."""
         index = int(_INDEX.unpack_from(self._page, _BEGAN_S.size)[0])
         return index, float(_BEGAN_S.unpack_from(self._page, 0)[0])
+
+    def stop_before(self, index: int) -> None:
+        """The process begins no sample from this one on."""
+        _STOP.pack_into(self._page, _STOP_AT, index)
+
+    def stops_at(self, index: int) -> bool:
+        return index >= int(_STOP.unpack_from(self._page, _STOP_AT)[0])
 
     def close(self) -> None:
         self._page.close()

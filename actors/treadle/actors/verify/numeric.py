@@ -23,6 +23,7 @@ class NumericVerifier:
 
     name = "numeric"
     version = "1"
+    deterministic = True
 
     def score(self, completion: str, payload: Mapping[str, Json]) -> tuple[tuple[str, float], ...]:
         percent = choice(payload, "percent", ("divide", "ignore"))

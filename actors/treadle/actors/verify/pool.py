@@ -4,65 +4,99 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from time import monotonic
 
 from treadle.actors.verify.asked import JudgeRequest
+from treadle.actors.verify.cache import VerdictCache, sample_key, task_key
 from treadle.actors.verify.composite import ScoringSpec
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.frames import encode
+from treadle.actors.verify.jobs import Job, JobQueue, Piece, merged
 from treadle.actors.verify.process import ChildError
-from treadle.actors.verify.runner import Batch, Limits, Runner, merged
+from treadle.actors.verify.runner import Batch, Limits, Runner
+from treadle.actors.verify.scaling import Load, wanted_processes
 from treadle.actors.verify.verdicts import VerdictCounter, VerifyStats, unscored
 from treadle.platform.errors import VerifierError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.records import Verdict, VerdictStatus
 
 _LOG = logging.getLogger(__name__)
+_TICK_S = 0.1
+"""How often a queue that waits is looked at."""
+_FIRST_GUESS_S = 0.01
+"""Seconds of a completion before any was judged."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    batch: Batch
-    done: asyncio.Future[tuple[Verdict, ...]]
+class _Worker:
+    """One process and the task that feeds it. Keeps `process.Overflow` for the batch at work."""
+
+    def __init__(self, runner: Runner, pool: ProcessPool) -> None:
+        self.runner = runner
+        self.after_s = 0.0
+        self.task: asyncio.Task[None] | None = None
+        self.since_s: float | None = None  # when the batch at work began
+        self.idle_since_s = monotonic()
+        self.owners: list[tuple[Job, int]] = []
+        self.stuck = False
+        self._pool = pool
+
+    def wanted(self) -> bool:
+        self.stuck = True
+        return self._pool.has_room()
+
+    def take(self, positions: Sequence[int]) -> None:
+        self._pool.move([self.owners[position] for position in positions])
 
 
 class ProcessPool:
-    """Judges groups on `processes` killable processes.
+    """Judges groups on killable processes, `processes` of them, up to `max_processes` while the queue is old.
 
-    consumes: requests, cut to batches; waits for: a place in the queue (bounded: callers wait, nothing is
-    dropped), then for a process; unblocked by: a process finishing or being killed at a deadline;
-    produces: verdicts in sample order.
+    consumes: requests, cut to pieces; waits for: a place in the queue (bounded: callers wait, nothing is dropped),
+    then for a process; unblocked by: a process finishing or being killed at a deadline; produces: verdicts in sample
+    order.
     """
 
     def __init__(self, config: VerifyConfig) -> None:
         self._config = config
-        spec = ScoringSpec(
+        self._spec = ScoringSpec(
             parts=dict(config.parts),
             eos=config.eos,
             think_opened=config.think_opened,
             custom=dict(config.custom),
+            options={name: dict(options) for name, options in config.options.items()},
         )
-        limits = Limits(
+        self._limits = Limits(
             deadline_s=config.deadline_s,
             startup_deadline_s=config.startup_deadline_s,
             memory_bytes=config.memory_bytes,
+            deadlines_s=config.deadlines_s(),
+            pins=dict(config.pins),
         )
-        self._runners = [Runner(spec, limits) for _ in range(config.processes)]
-        self._queue: asyncio.Queue[_Job] = asyncio.Queue(config.queue_batches)
+        self._queue = JobQueue(config.queue_batches, config.caps())
+        self._cache = VerdictCache(config.cache_entries)
         self._counter = VerdictCounter()
-        self._workers: list[asyncio.Task[None]] = []
+        self._workers: list[_Worker] = []
+        self._watch: asyncio.Task[None] | None = None
+        self._deterministic: set[str] = set()
+        self._retired = 0
 
     async def start(self) -> None:
-        """Starts all processes and builds the warm verifiers. Raises `VerifierError` when they cannot be."""
-        warming = [asyncio.create_task(self._warm(runner)) for runner in self._runners]
-        results = await asyncio.gather(*warming, return_exceptions=True)
+        """Starts the processes and builds the warm verifiers. Raises `VerifierError` when they cannot be, or are not
+        of the pinned versions."""
+        runners = [Runner(self._spec, self._limits) for _ in range(self._config.processes)]
+        results = await asyncio.gather(*map(self._warm, runners), return_exceptions=True)
         broken = [result for result in results if isinstance(result, BaseException)]
         if broken:
-            for runner in self._runners:
+            for runner in runners:
                 await runner.drop()
             detail = broken[0].detail if isinstance(broken[0], ChildError) else repr(broken[0])
             raise VerifierError(f"verify, start: {detail}.", "See verify.memory_bytes and verify.custom.")
-        self._workers = [asyncio.create_task(self._work(runner)) for runner in self._runners]
+        for runner in runners:
+            self._deterministic |= runner.deterministic
+            self._employ(runner)
+        self._watch = asyncio.create_task(self._watch_over())
 
     async def judge(self, request: JudgeRequest, texts: tuple[str, ...]) -> tuple[Verdict, ...]:
         """One verdict per completion. Raises `VerifierError` on a closed pool or unequal lengths."""
@@ -76,103 +110,121 @@ class ProcessPool:
         if unsendable := _unsendable(request):
             return (unscored(VerdictStatus.FAILED, 0.0, unsendable, request.verifier),) * len(texts)
         samples = tuple(zip(texts, request.finished, (0,) * len(texts), strict=True))
-        size = self._config.batch_samples
-        pieces = [samples[begin : begin + size] for begin in range(0, len(samples), size)]
-        found = await asyncio.gather(
-            *(
-                self._enqueue(Batch(verifier=request.verifier, payloads=(request.payload,), samples=piece))
-                for piece in pieces
-            )
-        )
-        verdicts = tuple(verdict for batch in found for verdict in batch)
+        job = Job(Batch(verifier=request.verifier, payloads=(request.payload,), samples=samples))
+        for indices in self._pieces(self._unknown(job)):
+            await self._queue.put(Piece(job, indices))
+        verdicts = await job.done
         self._counter.add(verdicts)
         failpoint("verify.before_return")
         return verdicts
 
     def stats(self) -> VerifyStats:
-        return self._counter.stats()
+        """Verdicts and seconds so far, and the state of the queue."""
+        return replace(
+            self._counter.stats(),
+            processes=len(self._workers),
+            restarts=self.restarts,
+            waiting_samples=self._queue.samples,
+            queue_age_s=self._queue.age_s,
+            cache_hits=self._cache.hits,
+        )
 
     @property
     def restarts(self) -> int:
         """Processes replaced so far."""
-        return sum(max(0, runner.starts - 1) for runner in self._runners)
+        return self._retired + sum(max(0, worker.runner.starts - 1) for worker in self._workers)
 
     async def close(self) -> None:
         """Ends all processes; whoever still waits gets `VerifierError`."""
         workers, self._workers = self._workers, []
+        watch = [self._watch] if self._watch is not None else []
+        tasks = [*watch, *(worker.task for worker in workers if worker.task is not None)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # Not in the workers: one that is cancelled before its first step runs no cleanup.
         for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-        for (
-            runner
-        ) in self._runners:  # not in the workers: one cancelled before its first step runs no cleanup
-            await runner.drop()
-        self._refuse_all()
+            await worker.runner.drop()
+        self._queue.close()
 
-    async def _enqueue(self, batch: Batch) -> tuple[Verdict, ...]:
-        job = _Job(batch, asyncio.get_running_loop().create_future())
-        await self._queue.put(job)
-        if not self._workers:  # closed while this call waited for its place
-            self._refuse_all()
-        return await job.done
+    def has_room(self) -> bool:
+        """Whether another process is idle, or may be started."""
+        idle = any(worker.since_s is None for worker in self._workers)
+        return idle or len(self._workers) < self._config.most_processes
 
-    def _refuse_all(self) -> None:
-        """Each place that this frees wakes a caller that waits for one, who comes by here in turn."""
-        while not self._queue.empty():
-            _refuse(self._queue.get_nowait(), "the pool was closed")
+    def move(self, owners: Sequence[tuple[Job, int]]) -> None:
+        """Puts samples whose process is stuck in front of the queue."""
+        by_job: dict[Job, list[int]] = {}
+        for job, index in owners:
+            by_job.setdefault(job, []).append(index)
+        for job, indices in by_job.items():
+            self._queue.put_back(Piece(job, tuple(indices)))
+
+    def _unknown(self, job: Job) -> list[int]:
+        """Samples that must be judged: not those with a cached verdict, and of equal ones the first."""
+        batch = job.batch
+        if batch.verifier not in self._deterministic or not self._config.cache_entries:
+            return list(range(len(batch.samples)))
+        task = task_key(batch.verifier, batch.payloads[0])
+        first: dict[bytes, int] = {}
+        for index, (text, finished, _) in enumerate(batch.samples):
+            key = sample_key(task, text, finished)
+            verdict = self._cache.get(key)
+            if verdict is not None:
+                job.give(index, replace(verdict, wall_s=0.0))
+            elif first.setdefault(key, index) != index:
+                job.twin(first[key], index)
+        for key, index in first.items():
+            job.keys[index] = key
+        return sorted(first.values())
+
+    def _pieces(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
+        size = self._config.batch_samples
+        return [tuple(indices[begin : begin + size]) for begin in range(0, len(indices), size)]
 
     async def _warm(self, runner: Runner) -> None:
         await runner.ready()
         for name in self._config.warm:
             await runner.ready(name)
 
-    async def _work(self, runner: Runner) -> None:
-        held: _Job | None = None
-        try:
-            while True:
-                first = held or await self._queue.get()
-                jobs, held = self._company(first)
-                wanted = [job for job in jobs if not job.done.done()]  # else its caller went away
+    def _employ(self, runner: Runner) -> None:
+        worker = _Worker(runner, self)
+        self._workers.append(worker)
+        worker.task = asyncio.create_task(self._work(worker))
+
+    async def _work(self, worker: _Worker) -> None:
+        while True:
+            pieces = await self._queue.take(self._config.batch_samples, len(self._workers))
+            worker.since_s = monotonic()
+            try:
+                wanted = [piece for piece in pieces if not piece.job.done.done()]  # else its caller went away
                 if wanted:
-                    await self._serve(runner, wanted)
-        finally:
-            if held is not None:
-                _refuse(held, "the pool was closed")
+                    await self._serve(worker, wanted)
+            finally:
+                self._queue.release(pieces[0].verifier)
+                worker.since_s, worker.idle_since_s, worker.stuck = None, monotonic(), False
 
-    def _company(self, first: _Job) -> tuple[list[_Job], _Job | None]:
-        """What waits for the same verifier, as far as it fits into a batch and is not another process's
-        share; and the first job that did not fit."""
-        jobs = [first]
-        room = self._config.batch_samples - len(first.batch.samples)
-        for _ in range(self._queue.qsize() // len(self._runners)):
-            job = self._queue.get_nowait()
-            room -= len(job.batch.samples)
-            if room < 0 or job.batch.verifier != first.batch.verifier:
-                return jobs, job
-            jobs.append(job)
-        return jobs, None
-
-    async def _serve(self, runner: Runner, jobs: list[_Job]) -> None:
+    async def _serve(self, worker: _Worker, pieces: list[Piece]) -> None:
         """A fault of ours must reach the callers and must not end the worker: the queue would stand still."""
+        batch, worker.owners = merged(pieces)
+        worker.after_s = self._config.shed_after * self._limits.deadline_of(batch.verifier)
         try:
-            verdicts = await runner.judge(merged([job.batch for job in jobs]))
+            verdicts = await worker.runner.judge(batch, worker)
         except asyncio.CancelledError:
-            for job in jobs:
-                _refuse(job, "the pool was closed")
+            _refuse(pieces, "the pool was closed")
             raise
         except Exception as error:  # noqa: BLE001  the process may be in any state: it goes, the callers are told
             _LOG.exception("verify: a batch could not be judged")
-            await runner.drop()
-            for job in jobs:
-                _refuse(job, f"{type(error).__name__}: {error}")
+            await worker.runner.drop()
+            _refuse(pieces, f"{type(error).__name__}: {error}")
             return
-        begin = 0
-        for job in jobs:
-            end = begin + len(job.batch.samples)
-            if not job.done.done():
-                job.done.set_result(verdicts[begin:end])
-            begin = end
-        await self._recover(runner, jobs[0].batch.verifier)
+        self._deterministic |= worker.runner.deterministic
+        for position, verdict in verdicts.items():
+            job, index = worker.owners[position]
+            if (key := job.keys.get(index)) is not None:
+                self._cache.put(key, verdict)
+            job.give(index, verdict)
+        await self._recover(worker.runner, batch.verifier)
 
     async def _recover(self, runner: Runner, verifier: str) -> None:
         """Replaces a killed process before the next batch comes; one that cannot start is the next batch's
@@ -181,6 +233,34 @@ class ProcessPool:
             await runner.ready(verifier)
         except ChildError as error:
             _LOG.warning("verify: %s", error.detail)
+
+    async def _watch_over(self) -> None:
+        """Starts processes while the queue is old, and ends those that have had nothing to do for a while."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            config, now_s = self._config, monotonic()
+            stats = self._counter.stats()
+            load = Load(
+                waiting_samples=self._queue.samples,
+                age_s=self._queue.age_s,
+                stuck=sum(worker.stuck for worker in self._workers),
+                busy=sum(worker.since_s is not None for worker in self._workers),
+                service_s=stats.p50_s or _FIRST_GUESS_S,
+            )
+            wanted = wanted_processes(load, config.processes, config.most_processes, config.queue_age_s)
+            for _ in range(wanted - len(self._workers)):
+                self._employ(Runner(self._spec, self._limits))
+            spare = [w for w in self._workers if w.since_s is None and now_s - w.idle_since_s > config.idle_s]
+            for worker in spare[: max(0, len(self._workers) - config.processes)]:
+                await self._dismiss(worker)
+
+    async def _dismiss(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._retired += max(0, worker.runner.starts - 1)
+        assert worker.task is not None
+        worker.task.cancel()
+        await asyncio.gather(worker.task, return_exceptions=True)
+        await worker.runner.drop()
 
 
 def _unsendable(request: JudgeRequest) -> str:
@@ -193,6 +273,6 @@ def _unsendable(request: JudgeRequest) -> str:
     return ""
 
 
-def _refuse(job: _Job, reason: str) -> None:
-    if not job.done.done():
-        job.done.set_exception(VerifierError(f"verify, judge: {reason}."))
+def _refuse(pieces: Sequence[Piece], reason: str) -> None:
+    for piece in pieces:
+        piece.job.refuse(reason)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from time import monotonic
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Protocol, cast
 
 from treadle.actors.verify.composite import ScoringSpec
 from treadle.actors.verify.frames import HEADER, MAX_REPLY_BYTES, Progress, encode
@@ -33,6 +33,7 @@ PICKUP_S = 5.0
 SETTLE_S = 0.02
 """Before a kill, time for an answer that has already arrived to be read."""
 REAP_S = 2.0
+_STUCK_NICENESS = 10
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "VIRTUAL_ENV")
 
 
@@ -64,6 +65,29 @@ class Outcome:
     detail: str
 
 
+class Overflow(Protocol):
+    """Who takes the other samples of a batch when one does not end."""
+
+    after_s: float
+    """How long a sample takes before it counts as stuck."""
+
+    def wanted(self) -> bool:
+        """Whether another process could judge them now."""
+        ...
+
+    def take(self, positions: Sequence[int]) -> None:
+        """These samples will be judged elsewhere."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A verifier that a process has built. Only verdicts of a deterministic one may be used again."""
+
+    version: str = ""
+    deterministic: bool = False
+
+
 class ChildError(Exception):
     """A process that does not start, or cannot build a verifier. `fatal`: the process is gone."""
 
@@ -91,17 +115,17 @@ class Child:
         self._reader, self._writer = streams
         self._progress = progress
         self._output = output
-        self._versions: dict[str, str] = {}
+        self._built: dict[str, Built] = {}
         self._killed = False
+        self._niceness = 0
+        self.worn = False
 
     @property
     def pid(self) -> int:
         return self._popen.pid
 
     @classmethod
-    async def start(
-        cls, spec: ScoringSpec, memory_bytes: int, deadline_s: float, startup_deadline_s: float
-    ) -> Child:
+    async def start(cls, spec: ScoringSpec, memory_bytes: int, startup_deadline_s: float) -> Child:
         """Starts the process and waits until it listens. Raises `ChildError`."""
         ours, theirs = socket.socketpair()
         progress, fd = Progress.create()
@@ -116,8 +140,14 @@ class Child:
         finally:
             theirs.close()
             os.close(fd)
-        child = cls(popen, await asyncio.open_unix_connection(sock=ours), progress, output)
-        hello: dict[str, Json] = {"memory_bytes": memory_bytes, "deadline_s": deadline_s}
+        try:
+            streams = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:  # cancelled
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+            raise
+        child = cls(popen, streams, progress, output)
+        hello: dict[str, Json] = {"memory_bytes": memory_bytes}
         try:
             await child._ask({**hello, **asdict(spec)}, startup_deadline_s, "start")
         except BaseException:  # a cancelled start must not leave a process behind
@@ -127,11 +157,12 @@ class Child:
             raise
         return child
 
-    async def prepare(self, name: str, deadline_s: float) -> str:
-        """Has the process build a verifier, once; returns its version. Raises `ChildError`."""
-        if name not in self._versions:
-            self._versions[name] = await self._ask({"prepare": name}, deadline_s, f"prepare {name}")
-        return self._versions[name]
+    async def prepare(self, name: str, deadline_s: float) -> Built:
+        """Has the process build a verifier, once. Raises `ChildError`."""
+        if name not in self._built:
+            answer = await self._ask({"prepare": name}, deadline_s, f"prepare {name}")
+            self._built[name] = Built(str(answer["ready"]), bool(answer["deterministic"]))
+        return self._built[name]
 
     async def judge(
         self,
@@ -139,14 +170,63 @@ class Child:
         payloads: Sequence[Mapping[str, Json]],
         samples: Sequence[tuple[str, bool, int]],
         deadline_s: float,
+        overflow: Overflow | None = None,
     ) -> Outcome:
         """Scores samples: completion, whether it came to its end, index of its payload. Rows carry their
-        position in `samples`."""
+        position in `samples`; those that `overflow` took may have one or not."""
+        self._progress.stop_before(Progress.NEVER)
+        if overflow is not None:
+            rows: list[Row] = []
+            watching = asyncio.create_task(self._shed(overflow, len(samples), rows))
+            try:
+                return await self._converse(name, payloads, samples, deadline_s, rows)
+            finally:
+                watching.cancel()
+                self._set_niceness(0)
+        return await self._converse(name, payloads, samples, deadline_s, [])
+
+    async def _shed(self, overflow: Overflow, samples: int, rows: Sequence[Row]) -> None:
+        """Gives all but a stuck sample away, once another process can take it: what waits behind it, and what was
+        judged before it and has not been sent."""
+        while True:
+            await asyncio.sleep(overflow.after_s)
+            index, began_s = self._progress.read()
+            stuck = index != Progress.IDLE and monotonic() - began_s >= overflow.after_s
+            if stuck:
+                self._set_niceness(_STUCK_NICENESS)
+            known = {index, *(row.index for row in rows)}
+            others = [position for position in range(samples) if position not in known]
+            if stuck and overflow.wanted() and others:
+                self._progress.stop_before(index + 1)
+                overflow.take(others)
+                return
+
+    def _set_niceness(self, niceness: int) -> None:
+        """A stuck process leaves the cores to the others. Who is not root cannot take that back: such a process is
+        `worn`."""
+        if niceness == self._niceness or self._killed:
+            return
+        try:
+            os.setpriority(os.PRIO_PROCESS, self.pid, niceness)
+        except PermissionError:
+            self.worn = True
+        except ProcessLookupError:
+            return
+        self._niceness = niceness
+
+    async def _converse(
+        self,
+        name: str,
+        payloads: Sequence[Mapping[str, Json]],
+        samples: Sequence[tuple[str, bool, int]],
+        deadline_s: float,
+        rows: list[Row],
+    ) -> Outcome:
         triples: list[Json] = [list(sample) for sample in samples]
         prompts: list[Json] = [dict(payload) for payload in payloads]
-        self._writer.write(encode({"judge": name, "payloads": prompts, "samples": triples}))
+        asked: dict[str, Json] = {"judge": name, "payloads": prompts, "samples": triples}
+        self._writer.write(encode({**asked, "deadline_s": deadline_s}))
         sent_s = monotonic()
-        rows: list[Row] = []
         while True:
             reading = asyncio.ensure_future(self._read())
             try:
@@ -195,7 +275,7 @@ class Child:
         self._progress.close()
         self._output.close()
 
-    async def _ask(self, message: dict[str, Json], deadline_s: float, doing: str) -> str:
+    async def _ask(self, message: dict[str, Json], deadline_s: float, doing: str) -> dict[str, Json]:
         self._writer.write(encode(message))
         try:
             async with asyncio.timeout(deadline_s):
@@ -206,7 +286,7 @@ class Child:
             raise ChildError(f"could not {doing}: {await self.epitaph()}", fatal=True)
         if "error" in answer:
             raise ChildError(str(answer["error"]), fatal=False)
-        return str(answer["ready"])
+        return answer
 
     async def _wait(
         self, reading: asyncio.Future[dict[str, Json] | None], sent_s: float, deadline_s: float
@@ -280,7 +360,7 @@ def minimal_environment() -> dict[str, str]:
 
 def _lateness(ending: Ending, deadline_s: float) -> str:
     if ending is Ending.OVERDUE:
-        return f"no verdict within verify.deadline_s={deadline_s}"
+        return f"no verdict within {deadline_s:g} s"
     return f"the process did not begin within {PICKUP_S} s"
 
 

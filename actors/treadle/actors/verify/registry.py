@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,28 @@ from treadle.platform.errors import ConfigError
 if TYPE_CHECKING:
     from treadle.platform.contracts import Verifier
 
+_HERE = "treadle.actors.verify"
 VERIFIERS: Mapping[str, str] = {
-    "exact": "treadle.actors.verify.exact:ExactVerifier",
-    "numeric": "treadle.actors.verify.numeric:NumericVerifier",
-    "countdown": "treadle.actors.verify.countdown:CountdownVerifier",
-    "math": "treadle.actors.verify.symbolic:MathVerifier",
-    "format": "treadle.actors.verify.template:FormatVerifier",
+    "exact": f"{_HERE}.exact:ExactVerifier",
+    "numeric": f"{_HERE}.numeric:NumericVerifier",
+    "countdown": f"{_HERE}.countdown:CountdownVerifier",
+    "math": f"{_HERE}.symbolic:MathVerifier",
+    "format": f"{_HERE}.template:FormatVerifier",
 }
-"""Name in `Prompt.verifier` to `module:attribute`, a callable that makes the verifier."""
+"""Name in `Prompt.verifier` to `module:attribute`, a callable that makes the verifier from its options."""
+
+FORM: tuple[str, ...] = ("format",)
+"""Verifiers that look at a completion's form and not at its answer. Each returns one part, of its own name, and runs
+on every completion where `verify.parts` lists it."""
+
+_TYPES: Mapping[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
-def make_verifier(name: str, custom: Mapping[str, str]) -> Verifier:
+def make_verifier(name: str, custom: Mapping[str, str], options: Mapping[str, object]) -> Verifier:
     """Builds the verifier of a name, its own ones (`custom`) included.
 
-    Names come from data and paths from the configuration only, so data cannot choose what is imported.
-    Raises `ConfigError` for an unknown name or a path that leads nowhere.
+    Names come from data and paths and options from the configuration only, so data cannot choose what is imported.
+    Raises `ConfigError` for an unknown name, a path that leads nowhere, or an option the verifier does not have.
     """
     path = {**custom, **VERIFIERS}.get(name)
     if path is None:
@@ -38,5 +46,29 @@ def make_verifier(name: str, custom: Mapping[str, str]) -> Verifier:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The verifier {name!r} ({path}) cannot be imported: {error}.") from error
-    verifier: Verifier = factory()
+    check_options(name, factory, options)
+    verifier: Verifier = factory(**options)
     return verifier
+
+
+def check_options(name: str, factory: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Raises `ConfigError` for an option that is not a keyword of the factory, or of another type than it says."""
+    if not options:
+        return
+    keywords = {
+        key: str(parameter.annotation)
+        for key, parameter in inspect.signature(factory).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for key, value in options.items():
+        if key not in keywords:
+            known = f"Its options: {', '.join(keywords)}." if keywords else "It has no options."
+            raise ConfigError(f"verify.options.{name}.{key} is not an option of {name}.", known)
+        wanted = _TYPES.get(keywords[key])
+        if wanted is not None and (
+            not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)
+        ):
+            raise ConfigError(
+                f"verify.options.{name}.{key}={value!r} is not a {keywords[key]}.",
+                "Give one, or leave it out.",
+            )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from treadle.actors.verify.composite import ScoringSpec
-from treadle.actors.verify.process import Child, ChildError, Ending, Outcome, Row
+from treadle.actors.verify.process import Built, Child, ChildError, Ending, Outcome, Overflow, Row
 from treadle.actors.verify.verdicts import scored, unscored
 from treadle.platform.records import Verdict, VerdictStatus
 
@@ -32,23 +33,25 @@ class Batch:
     samples: tuple[tuple[str, bool, int], ...]
 
 
-def merged(batches: Sequence[Batch]) -> Batch:
-    """One batch of several for the same verifier: a round trip to a process costs more than most scores."""
-    samples: list[tuple[str, bool, int]] = []
-    payloads: list[Mapping[str, Json]] = []
-    for batch in batches:
-        samples.extend((text, finished, len(payloads) + index) for text, finished, index in batch.samples)
-        payloads.extend(batch.payloads)
-    return Batch(verifier=batches[0].verifier, payloads=tuple(payloads), samples=tuple(samples))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a process may use up."""
+    """What a process may use up, and which versions of verifiers it must find. `deadlines_s` are those of single
+    verifiers."""
 
     deadline_s: float
     startup_deadline_s: float
     memory_bytes: int
+    deadlines_s: Mapping[str, float] = field(default_factory=dict)
+    pins: Mapping[str, str] = field(default_factory=dict)
+
+    def deadline_of(self, verifier: str) -> float:
+        """Seconds for one completion."""
+        return self.deadlines_s.get(verifier, self.deadline_s)
+
+    def setting_of(self, verifier: str) -> str:
+        """The setting that `deadline_of` comes from, with its value."""
+        own = f"limits.{verifier}." if verifier in self.deadlines_s else ""
+        return f"verify.{own}deadline_s={self.deadline_of(verifier)}"
 
 
 class Runner:
@@ -63,15 +66,17 @@ class Runner:
         self._limits = limits
         self._child: Child | None = None
         self.starts = 0
+        self.deterministic: set[str] = set()  # verifiers whose verdicts may be used again
 
-    async def judge(self, batch: Batch) -> tuple[Verdict, ...]:
-        """One verdict per sample, in order. Returns as soon as all are known, also with a dead process."""
+    async def judge(self, batch: Batch, overflow: Overflow | None = None) -> dict[int, Verdict]:
+        """A verdict per sample, but for those that `overflow` took. Returns as soon as all are known, also with a
+        dead process."""
         verdicts: dict[int, Verdict] = {}
+        given = _Given(overflow) if overflow is not None else None
         fruitless = 0
-        while len(verdicts) < len(batch.samples):
-            rest = [index for index in range(len(batch.samples)) if index not in verdicts]
+        while rest := _missing(batch, verdicts, given):
             try:
-                found, detail = await self._attempt(batch, rest)
+                found, detail = await self._attempt(batch, rest, given)
                 fruitless = 0 if found else fruitless + 1
             except ChildError as error:
                 found, detail = {}, error.detail
@@ -79,20 +84,23 @@ class Runner:
             verdicts |= found
             if fruitless >= FRUITLESS:
                 failure = unscored(VerdictStatus.FAILED, 0.0, f"{batch.verifier}: {detail}", batch.verifier)
-                verdicts |= dict.fromkeys(rest, failure)
-        return tuple(verdicts[index] for index in range(len(batch.samples)))
+                verdicts |= dict.fromkeys(_missing(batch, verdicts, given), failure)
+        return verdicts
 
-    async def ready(self, verifier: str = "") -> str:
-        """A living process that has built the verifier (if one is named); returns its version. Raises
-        `ChildError`."""
+    async def ready(self, verifier: str = "") -> Built:
+        """A living process that has built the verifier (if one is named). Raises `ChildError`."""
         if self._child is None:
             limits = self._limits
             self.starts += 1
-            self._child = await Child.start(
-                self._spec, limits.memory_bytes, limits.deadline_s, limits.startup_deadline_s
-            )
+            self._child = await Child.start(self._spec, limits.memory_bytes, limits.startup_deadline_s)
         try:
-            return await self._child.prepare(verifier, self._limits.startup_deadline_s) if verifier else ""
+            if not verifier:
+                return Built()
+            built = await self._child.prepare(verifier, self._limits.startup_deadline_s)
+            self._check_version(verifier, built.version)
+            if built.deterministic:
+                self.deterministic.add(verifier)
+            return built
         except ChildError as error:
             if error.fatal:
                 await self.drop()
@@ -108,32 +116,66 @@ class Runner:
             finally:
                 child.close()
 
-    async def _attempt(self, batch: Batch, rest: list[int]) -> tuple[dict[int, Verdict], str]:
-        version = await self.ready(batch.verifier)
+    def _check_version(self, verifier: str, version: str) -> None:
+        pin = self._limits.pins.get(verifier)
+        if pin is not None and re.match(rf"{re.escape(f'{verifier}/{pin}')}(?![\w.])", version) is None:
+            detail = f"verify.pins.{verifier}={pin!r}, but this machine has {version!r}"
+            raise ChildError(f"{detail}. Install the pinned one, or change the pin.", fatal=False)
+
+    async def _attempt(
+        self, batch: Batch, rest: list[int], given: _Given | None
+    ) -> tuple[dict[int, Verdict], str]:
+        version = (await self.ready(batch.verifier)).version
         assert self._child is not None
         samples = [batch.samples[index] for index in rest]
+        if given is not None:
+            given.asked = rest
         try:
             outcome = await self._child.judge(
-                batch.verifier, batch.payloads, samples, self._limits.deadline_s
+                batch.verifier, batch.payloads, samples, self._limits.deadline_of(batch.verifier), given
             )
         except BaseException:  # cancelled in mid-conversation: what the process says next would be misread
             await self.drop()
             raise
-        verdicts = {rest[row.index]: _verdict(row, version) for row in outcome.rows}
+        verdicts = {rest[row.index]: _verdict(row, version, self._spec.parts) for row in outcome.rows}
         if outcome.blamed is not None:
-            verdicts[rest[outcome.blamed]] = _blame(outcome, batch.verifier, version)
-        if outcome.ending is not Ending.DONE:
+            verdicts[rest[outcome.blamed]] = self._blame(outcome, batch.verifier, version)
+        if outcome.ending is not Ending.DONE or self._child.worn:
             await self.drop()
         return verdicts, outcome.detail
 
+    def _blame(self, outcome: Outcome, verifier: str, version: str) -> Verdict:
+        status, detail = VerdictStatus.FAILED, outcome.detail
+        if outcome.ending is Ending.OVERDUE:
+            status, detail = VerdictStatus.TIMED_OUT, f"no verdict within {self._limits.setting_of(verifier)}"
+        return unscored(status, outcome.blamed_wall_s, f"{verifier}: {detail}", version)
 
-def _verdict(row: Row, version: str) -> Verdict:
+
+class _Given:
+    """An `Overflow` that translates positions among the asked samples to indices of the batch."""
+
+    def __init__(self, overflow: Overflow) -> None:
+        self.after_s = overflow.after_s
+        self.asked: list[int] = []
+        self.away: set[int] = set()
+        self._overflow = overflow
+
+    def wanted(self) -> bool:
+        return self._overflow.wanted()
+
+    def take(self, positions: Sequence[int]) -> None:
+        indices = [self.asked[position] for position in positions]
+        self.away.update(indices)
+        self._overflow.take(indices)
+
+
+def _missing(batch: Batch, verdicts: Mapping[int, Verdict], given: _Given | None) -> list[int]:
+    """Samples without a verdict that were not given away."""
+    away = given.away if given is not None else ()
+    return [index for index in range(len(batch.samples)) if index not in verdicts and index not in away]
+
+
+def _verdict(row: Row, version: str, weights: Mapping[str, float]) -> Verdict:
     if row.detail:
         return unscored(VerdictStatus.FAILED, row.wall_s, row.detail, version)
-    return scored(row.parts, row.wall_s, version)
-
-
-def _blame(outcome: Outcome, verifier: str, version: str) -> Verdict:
-    late = outcome.ending is Ending.OVERDUE
-    status = VerdictStatus.TIMED_OUT if late else VerdictStatus.FAILED
-    return unscored(status, outcome.blamed_wall_s, f"{verifier}: {outcome.detail}", version)
+    return scored(row.parts, weights, row.wall_s, version)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,13 @@ from treadle.platform.records import Verdict, VerdictStatus
 _KEPT = 4096
 
 
-def scored(parts: tuple[tuple[str, float], ...], wall_s: float, verifier: str) -> Verdict:
-    """The reward is the sum of the (already weighted) parts."""
+def scored(
+    parts: tuple[tuple[str, float], ...], weights: Mapping[str, float], wall_s: float, verifier: str
+) -> Verdict:
+    """The reward is the weighted sum of the parts, which every one has a weight for."""
     return Verdict(
         status=VerdictStatus.SCORED,
-        reward=sum(value for _, value in parts),
+        reward=sum(weights[name] * value for name, value in parts),
         parts=parts,
         wall_s=wall_s,
         detail="",
@@ -34,7 +36,8 @@ def unscored(status: VerdictStatus, wall_s: float, detail: str, verifier: str) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyStats:
-    """Verdicts by status since the start; seconds per completion over the last 4096 of them (0 when none)."""
+    """Verdicts by status since the start; seconds per completion over the last 4096 of them (0 when none); and the
+    state of the queue and the processes, where there are some."""
 
     scored: int
     failed: int
@@ -42,6 +45,11 @@ class VerifyStats:
     p50_s: float
     p95_s: float
     p99_s: float
+    processes: int = 0
+    restarts: int = 0
+    waiting_samples: int = 0
+    queue_age_s: float = 0.0
+    cache_hits: int = 0
 
 
 class VerdictCounter:

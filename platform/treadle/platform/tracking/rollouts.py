@@ -19,7 +19,7 @@ class RolloutRow:
 
     Example: `RolloutRow(group_id="grpo/17", prompt_id="addition-47+85", prompt="47+85=", sample_index=3,
     completion="<think>…</think><answer>132</answer>", thinking="…", answer="132", reward=1.1,
-    parts={"accuracy": 1.0, "format": 0.1}, status="scored", detail="", verifier="exact/1", version_oldest=16,
+    parts={"accuracy": 1.0, "format": 1.0}, status="scored", detail="", verifier="exact/1", version_oldest=16,
     version_newest=16, length_tokens=21, stop="eos", worker="rollout-0", generate_s=0.2, verify_s=0.002)`.
     """
 
