@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,15 @@ def shake(model: torch.nn.Module, size: float, seed: int) -> None:
             parameter.add_(size * noise)
 
 
+def reward_of(values: list[float]) -> Callable[..., list[float | None]]:
+    """A reward function that knows its values beforehand."""
+
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in values]
+
+    return reward
+
+
 @dataclass
 class Oracle:
     """A TRL trainer after drawing: what it drew, and what it made of the rewards."""
@@ -106,7 +116,14 @@ def backward(model: torch.nn.Module, loss: torch.Tensor) -> tuple[float, list[to
     ]
 
 
-def drawn(trainer_class: Any, config_class: Any, scores: list[float], **settings: Any) -> Oracle:
+def drawn(
+    trainer_class: Any,
+    config_class: Any,
+    scores: list[float],
+    more: list[list[float]] | None = None,
+    **settings: Any,
+) -> Oracle:
+    """Draws and scores; `more` are the values of further reward functions."""
     tokenizer = character_tokenizer("0123456789+=", tags=())
     prompts = [{"prompt": p} for p in ("1+2=", "30+4=", "5+67=") for _ in range(GROUP)]
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +142,7 @@ def drawn(trainer_class: Any, config_class: Any, scores: list[float], **settings
         )
         trainer = trainer_class(
             model=Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64),
-            reward_funcs=lambda completions, **_: [None if math.isnan(s) else s for s in scores],
+            reward_funcs=[reward_of(values) for values in (scores, *(more or []))],
             args=args,
             train_dataset=Dataset.from_list(prompts),
             processing_class=tokenizer,
@@ -328,3 +345,26 @@ def test_an_unscored_sample_has_the_same_baseline_but_leaves_our_denominator() -
     ours = backward(oracle.trainer.model, our_loss(Grpo(kl_coefficient=0), oracle))
     share = (len(scores) - 2) / len(scores)
     assert_same((ours[0] * share, [g * share for g in ours[1]]), theirs)
+
+
+def test_parts_standardised_one_by_one_give_trls_advantages() -> None:
+    """GDPO: our `reward.per_part` against TRL's `multi_objective_aggregation="normalize_then_sum"`."""
+    accuracy = [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    form = [1.0, 0.0, 0.5, 1.0, 0.25, 0.0, 1.0, 1.0, 0.0, 0.5, 1.0, 0.75]
+    weights = [1.0, 0.4]
+    settings = {
+        "reward_weights": weights,
+        "multi_objective_aggregation": "normalize_then_sum",
+        "loss_type": "grpo",
+        "beta": 0.0,
+    }
+    oracle = drawn(GRPOTrainer, GRPOConfig, accuracy, more=[form], **settings)
+    parts = np.stack([accuracy, form], axis=1).reshape(PROMPTS, GROUP, 2)
+    groups = [
+        replace(group, parts=matrix, part_weights=np.array(weights))
+        for group, matrix in zip(groups_of(oracle), parts, strict=True)
+    ]
+    ours = flat(Grpo().credit(groups), "advantages")
+    theirs = oracle.inputs["advantages"].double().flatten()
+    assert theirs.abs().max() > 0.5
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=TOLERANCE)  # TRL sums rewards in float32

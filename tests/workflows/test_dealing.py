@@ -21,7 +21,8 @@ from treadle.platform.records import (
     WeightVersion,
 )
 from treadle.workflows.dealing import deal_groups, outcomes
-from treadle.workflows.stream import Ready, outcome_of
+from treadle.workflows.rewards import RewardRule
+from treadle.workflows.stream import Ready
 
 
 def ready(index: int, rewards: list[float], lengths: list[int]) -> Ready:
@@ -49,7 +50,9 @@ def ready(index: int, rewards: list[float], lengths: list[int]) -> Ready:
         )
         for r in rewards
     )
-    return Ready(index=index, drawn=drawn, verdicts=verdicts, outcome=outcome_of(drawn, verdicts, 64))
+    return Ready(
+        index=index, drawn=drawn, verdicts=verdicts, outcome=RewardRule().outcome(drawn, verdicts, 64)
+    )
 
 
 def credit(advantages: list[float], weights: list[float]) -> GroupCredit:

@@ -12,6 +12,7 @@ from treadle.platform.objectives.registry import OBJECTIVES
 from treadle.workflows.data.registry import CorpusConfig, PairsConfig, PromptsConfig
 from treadle.workflows.evaluate import EvaluateConfig
 from treadle.workflows.models import ModelConfig
+from treadle.workflows.rewards import RewardConfig
 
 variants("objective", {k: v for k, v in OBJECTIVES.items() if k != "cross_entropy"})
 
@@ -89,6 +90,7 @@ class GrpoConfig:
     """Strings that end a completion, besides EOS."""
     staleness: int = 0
     """η: how many versions old a trained token may be. 0 is on-policy, 1 one step off, k fully asynchronous."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
     shuffle_rewards: bool = False
     """A control: rewards are permuted over the samples of a step before credit is given. Accuracy must fall."""
     take_deadline_s: float = 900.0

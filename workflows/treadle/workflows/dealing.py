@@ -23,9 +23,14 @@ def outcomes(groups: Sequence[Ready], *, step: int, shuffled: bool) -> list[Scor
     rewards = np.concatenate([outcome.rewards for outcome in seen])
     scored = np.flatnonzero(~np.isnan(rewards))
     rng = np.random.Generator(np.random.Philox(key=derive_seed("shuffled rewards", step)))
-    rewards[scored] = rewards[rng.permutation(scored)]
-    ends = np.cumsum([len(outcome.rewards) for outcome in seen])
-    return [replace(o, rewards=r) for o, r in zip(seen, np.split(rewards, ends[:-1]), strict=True)]
+    order = np.arange(len(rewards))
+    order[scored] = rng.permutation(scored)
+    ends = np.cumsum([len(outcome.rewards) for outcome in seen])[:-1]
+    shuffled_groups = [replace(o, rewards=r) for o, r in zip(seen, np.split(rewards[order], ends), strict=True)]
+    if any(group.parts is None for group in seen):
+        return shuffled_groups
+    parts = np.concatenate([group.parts for group in seen if group.parts is not None])[order]
+    return [replace(o, parts=p) for o, p in zip(shuffled_groups, np.split(parts, ends), strict=True)]
 
 
 def deal_groups(

@@ -14,6 +14,7 @@ from treadle.platform.records import Drawn, Issue, PublishReport, Sampling, Step
 from treadle.platform.tracking import StageTracker, rollout_rows
 from treadle.workflows.configs import GrpoConfig
 from treadle.workflows.metrics import StepClock, step_metrics
+from treadle.workflows.rewards import RewardRule
 from treadle.workflows.roles import Roles, texts_of
 from treadle.workflows.saving import CheckpointKeeper, Position
 from treadle.workflows.stream import GroupStream, Ready
@@ -36,10 +37,12 @@ class Journal:
         ledger: Ledger,
         tracker: StageTracker,
         keeper: CheckpointKeeper,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.stage, self.seed, self.start, self.step = stage, seed, position.step, position.step
         self.clock = StepClock()
         self._position, self._ledger, self._tracker, self._keeper = position, ledger, tracker, keeper
+        self._weights = weights
         self._notes: dict[str, float] = {}
         self._stream: GroupStream | None = None
         self._dropped_before: dict[str, int] = {}
@@ -70,6 +73,7 @@ class Journal:
             drop_zero_variance=config.objective.dynamic_sampling,
             min_scored=2 if config.objective.needs_groups else 1,
             take_deadline_s=config.take_deadline_s,
+            rewards=RewardRule(config.reward, self._weights),
         )
         self.clock.lap()
         return self._stream

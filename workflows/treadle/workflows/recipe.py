@@ -24,7 +24,7 @@ from treadle.workflows.configs import (
     StageConfig,
     TrainedConfig,
 )
-from treadle.workflows.evaluate import ACCURACY_PART, EvaluateConfig
+from treadle.workflows.evaluate import EvaluateConfig
 from treadle.workflows.models import ModelConfig
 from treadle.workflows.saving import CheckpointConfig
 from treadle.workflows.tokenizers import TokenizerConfig
@@ -131,6 +131,12 @@ def _check_schedule(where: str, stage: TrainedConfig) -> None:
 
 
 def _check_grpo(where: str, stage: GrpoConfig, recipe: Recipe) -> None:
+    stage.reward.check(f"{where}.reward", recipe.verify.parts)
+    if stage.reward.per_part and not stage.objective.takes_parts:
+        raise ConfigError(
+            f"{where}.reward.per_part=true, but {where}.objective does not standardise rewards within groups.",
+            f"Set {where}.objective.kind to grpo, dapo, gspo or cispo.",
+        )
     if stage.objective.needs_groups and stage.group_size < 2:
         raise ConfigError(
             f"{where}.group_size={stage.group_size} with the group baseline of {where}.objective: every advantage "

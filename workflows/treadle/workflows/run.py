@@ -117,6 +117,7 @@ class Run:
             ledger=self.ledger,
             tracker=tracker,
             keeper=keeper,
+            weights=self.recipe.verify.parts,
         )
         try:
             yield journal

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from treadle.platform.contracts import Prompts, Rollouts, Verifiers
 from treadle.platform.errors import DeadlineError, RolloutError
 from treadle.platform.objectives.base import ScoredGroup
-from treadle.platform.records import Drawn, Issue, Sampling, StopReason, Verdict, VerdictStatus, WeightVersion
+from treadle.platform.records import Drawn, Issue, Sampling, Verdict, VerdictStatus, WeightVersion
+from treadle.workflows.rewards import RewardRule
 
 
 class GroupBook(Protocol):
@@ -39,16 +38,6 @@ class Ready:
     drawn: Drawn
     verdicts: tuple[Verdict, ...]
     outcome: ScoredGroup
-
-
-def outcome_of(drawn: Drawn, verdicts: Sequence[Verdict], max_new_tokens: int) -> ScoredGroup:
-    """The group as the objective sees it: a failed or timed-out sample is NaN, never zero."""
-    return ScoredGroup(
-        rewards=np.array([v.reward for v in verdicts], dtype=np.float64),
-        lengths=np.array(drawn.lengths, dtype=np.int64),
-        truncated=np.array([s is StopReason.LENGTH for s in drawn.stops], dtype=np.bool_),
-        max_new_tokens=max_new_tokens,
-    )
 
 
 class GroupStream:
@@ -84,6 +73,7 @@ class GroupStream:
         min_scored: int = 1,
         max_draw_factor: int = 8,
         take_deadline_s: float = 600.0,
+        rewards: RewardRule | None = None,
     ) -> None:
         self._stage, self._prompts, self._rollouts, self._verifiers = stage, prompts, rollouts, verifiers
         self._book, self._sampling, self._per_step = book, sampling, per_step
@@ -91,6 +81,7 @@ class GroupStream:
         self._backlog, self._cursor = list(pending), cursor
         self._drop_zero_variance, self._min_scored = drop_zero_variance, min_scored
         self._max_draw_factor, self._take_deadline_s = max_draw_factor, take_deadline_s
+        self._rewards = rewards or RewardRule()
         self._next_step = version.step
         self._tasks: dict[int, asyncio.Task[Ready | None]] = {}
         self._ready: dict[int, Ready] = {}
@@ -175,17 +166,16 @@ class GroupStream:
     async def _produce(self, index: int, issue: Issue) -> Ready | None:
         drawn = await self._rollouts.draw(issue)
         self._book.drawn(drawn)
-        verdicts = await self._verifiers.judge(drawn)
+        verdicts = self._rewards.weighed(drawn, await self._verifiers.judge(drawn))
         self._book.scored(drawn, verdicts)
-        outcome = outcome_of(drawn, verdicts, self._sampling.max_new_tokens)
-        scored = outcome.rewards[~np.isnan(outcome.rewards)]
-        if len(scored) < self._min_scored:
+        outcome = self._rewards.outcome(drawn, verdicts, self._sampling.max_new_tokens)
+        if outcome.scored.sum() < self._min_scored:
             self._drop([drawn.id], "unscored")
             return None
-        if self._drop_zero_variance and np.ptp(scored) == 0:
+        if self._drop_zero_variance and not outcome.informative:
             self._drop([drawn.id], "zero_variance")
             return None
-        return Ready(index=index, drawn=drawn, verdicts=tuple(verdicts), outcome=outcome)
+        return Ready(index=index, drawn=drawn, verdicts=verdicts, outcome=outcome)
 
     def _collect(self, step: int) -> None:
         for index in [i for i, task in self._tasks.items() if task.done()]:

@@ -31,6 +31,23 @@ class ScoredGroup:
     max_new_tokens: int = 0
     """The limit the group was drawn with; objectives with a constant normaliser or a length penalty need
     it."""
+    parts: NDArray[np.float64] | None = None
+    """[G, K] the K reward parts one by one, where they are to be standardised one by one; NaN where a sample was not
+    scored."""
+    part_weights: NDArray[np.float64] | None = None  # [K]
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """[G] True where the verifier gave a reward."""
+        return ~np.isnan(self.rewards)
+
+    @property
+    def informative(self) -> bool:
+        """Whether the scored rewards differ (or a part of them, where parts count one by one), so that a group
+        baseline leaves a gradient."""
+        columns = self.rewards[:, None] if self.parts is None else self.parts
+        kept = columns[self.scored]
+        return len(kept) > 1 and bool((np.ptp(kept, axis=0) > 0).any())
 
     def __post_init__(self) -> None:
         if not len(self.rewards) == len(self.lengths) == len(self.truncated):
@@ -93,6 +110,11 @@ class Objective(Protocol):
     @property
     def needs_reference(self) -> bool:
         """Whether `ref_logprobs` are used (a KL coefficient above 0)."""
+        ...
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether reward parts can be standardised one by one (`ScoredGroup.parts`)."""
         ...
 
     @property

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.platform.objectives.base import GroupCredit, ScoredGroup, TokenInputs
 from treadle.platform.objectives.denominators import counted, mean_over_tokens
-from treadle.platform.objectives.group_stats import standardised
+from treadle.platform.objectives.group_stats import standardised_groups
 from treadle.platform.objectives.policy_gradient import PolicyGradient, paired, refuse_negative
 from treadle.platform.objectives.ratios import Surrogate, token_ratio
 
@@ -31,9 +32,11 @@ class Cispo(PolicyGradient):
     weight_cap: float = 5.0
     """Upper bound of the importance weight."""
 
+    takes_parts: ClassVar[bool] = True
+
     def credit(self, groups: Sequence[ScoredGroup]) -> list[GroupCredit]:
         weights = mean_over_tokens(groups, counted(groups))
-        return paired([standardised(group.rewards) for group in groups], weights)
+        return paired(standardised_groups(groups), weights)
 
     def surrogate(self, inputs: TokenInputs) -> Surrogate:
         ratio = token_ratio(inputs)

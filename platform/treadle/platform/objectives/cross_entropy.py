@@ -22,6 +22,7 @@ class CrossEntropy:
 
     needs_groups: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = False
     dynamic_sampling: ClassVar[bool] = False
 
     def credit(self, groups: Sequence[ScoredGroup]) -> list[GroupCredit]:

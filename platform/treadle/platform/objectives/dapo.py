@@ -14,7 +14,8 @@ Deviations and open points:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from treadle.platform.errors import ConfigError
 from treadle.platform.objectives.base import GroupCredit, ScoredGroup, TokenInputs
 from treadle.platform.objectives.denominators import counted, mean_over_tokens, token_limit
-from treadle.platform.objectives.group_stats import standardised
+from treadle.platform.objectives.group_stats import standardised_groups
 from treadle.platform.objectives.policy_gradient import PolicyGradient, paired, refuse_negative
 from treadle.platform.objectives.ratios import Surrogate, clipped_surrogate, token_ratio
 
@@ -48,6 +49,8 @@ class Dapo(PolicyGradient):
     overlong_filter: bool = False
     """Take truncated samples out of the loss."""
 
+    takes_parts: ClassVar[bool] = True
+
     @property
     def dynamic_sampling(self) -> bool:
         return self.drop_equal_groups
@@ -56,11 +59,24 @@ class Dapo(PolicyGradient):
         masks = counted(groups)
         if self.overlong_filter:
             masks = [mask & ~group.truncated for mask, group in zip(masks, groups, strict=True)]
-        rewards = [group.rewards - self._punishment(group) for group in groups]
-        return paired([standardised(r) for r in rewards], mean_over_tokens(groups, masks))
+        return paired(
+            standardised_groups([self._punished(group) for group in groups]), mean_over_tokens(groups, masks)
+        )
 
     def surrogate(self, inputs: TokenInputs) -> Surrogate:
         return clipped_surrogate(token_ratio(inputs), inputs.advantages, self.eps_low, self.eps_high)
+
+    def _punished(self, group: ScoredGroup) -> ScoredGroup:
+        """The group with the length punishment in its rewards; where parts count one by one, it is one of them."""
+        punishment = self._punishment(group)
+        if group.parts is None or group.part_weights is None:
+            return replace(group, rewards=group.rewards - punishment)
+        column = np.where(group.scored, -punishment, np.nan)
+        return replace(
+            group,
+            parts=np.column_stack([group.parts, column]),
+            part_weights=np.append(group.part_weights, 1.0),
+        )
 
     def _punishment(self, group: ScoredGroup) -> NDArray[np.float64]:
         """[G] 0 up to (1 - buffer) of the limit, then linear to the factor (equation 13, sign turned)."""

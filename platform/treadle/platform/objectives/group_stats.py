@@ -5,8 +5,12 @@ Letters: G samples of a group, r [G] their rewards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from treadle.platform.objectives.base import ScoredGroup
 
 Rewards = NDArray[np.float64]
 
@@ -44,6 +48,35 @@ def standardised(rewards: Rewards) -> Rewards:
     if not informative(rewards):
         return np.zeros(len(rewards))
     return deviations(rewards) / (rewards[scored(rewards)].std(ddof=1) + STD_FLOOR)
+
+
+def standardised_groups(groups: Sequence[ScoredGroup]) -> list[Rewards]:
+    """Advantages [G] of every group: its standardised rewards, or by GDPO where its parts are given.
+
+    GDPO (arXiv 2601.05242): each part k is standardised within the group, z_k; a sample's sum Σ_k w_k z_k is then
+    standardised over all scored samples of the step, which keeps its size independent of the number of parts.
+    """
+    if not groups or any(group.parts is None for group in groups):
+        return [standardised(group.rewards) for group in groups]
+    sums = [_sum_of_parts(group) for group in groups]
+    every = np.concatenate([values[group.scored] for values, group in zip(sums, groups, strict=True)])
+    if len(every) < 2 or every.max() == every.min():
+        return [np.zeros(len(group.rewards)) for group in groups]
+    spread = every.std(ddof=1) + STD_FLOOR
+    return [
+        np.where(group.scored, (values - every.mean()) / spread, 0.0)
+        for values, group in zip(sums, groups, strict=True)
+    ]
+
+
+def _sum_of_parts(group: ScoredGroup) -> Rewards:
+    """[G] Σ_k w_k z_k; 0 where not scored."""
+    assert group.parts is not None
+    assert group.part_weights is not None
+    total = np.zeros(len(group.rewards))
+    for column, weight in zip(group.parts.T, group.part_weights, strict=True):
+        total += weight * standardised(column)
+    return total
 
 
 def leave_one_out(rewards: Rewards) -> Rewards:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.platform.objectives.base import GroupCredit, ScoredGroup, TokenInputs
 from treadle.platform.objectives.denominators import counted, mean_over_samples
-from treadle.platform.objectives.group_stats import standardised
+from treadle.platform.objectives.group_stats import standardised_groups
 from treadle.platform.objectives.policy_gradient import PolicyGradient, paired, refuse_negative
 from treadle.platform.objectives.ratios import Surrogate, clipped_surrogate, token_ratio
 
@@ -35,9 +36,11 @@ class Grpo(PolicyGradient):
     eps_high: float = 0.2
     """ε above 1."""
 
+    takes_parts: ClassVar[bool] = True
+
     def credit(self, groups: Sequence[ScoredGroup]) -> list[GroupCredit]:
         weights = mean_over_samples(groups, counted(groups))
-        return paired([standardised(group.rewards) for group in groups], weights)
+        return paired(standardised_groups(groups), weights)
 
     def surrogate(self, inputs: TokenInputs) -> Surrogate:
         return clipped_surrogate(token_ratio(inputs), inputs.advantages, self.eps_low, self.eps_high)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from treadle.platform.objectives.base import GroupCredit, ScoredGroup, TokenInputs
 from treadle.platform.objectives.denominators import counted, mean_over_samples
-from treadle.platform.objectives.group_stats import standardised
+from treadle.platform.objectives.group_stats import standardised_groups
 from treadle.platform.objectives.policy_gradient import PolicyGradient, paired, refuse_negative
 from treadle.platform.objectives.ratios import (
     Surrogate,
@@ -38,9 +39,11 @@ class Gspo(PolicyGradient):
     eps_low: float = 3e-4
     eps_high: float = 4e-4
 
+    takes_parts: ClassVar[bool] = True
+
     def credit(self, groups: Sequence[ScoredGroup]) -> list[GroupCredit]:
         weights = mean_over_samples(groups, counted(groups))
-        return paired([standardised(group.rewards) for group in groups], weights)
+        return paired(standardised_groups(groups), weights)
 
     def surrogate(self, inputs: TokenInputs) -> Surrogate:
         ratio = torch.exp(sequence_log_ratio(inputs) / sequence_lengths(inputs))[inputs.sequence]

@@ -38,6 +38,7 @@ class PolicyGradient(ABC):
     """C of the truncated importance weight against the engine's log-probabilities; 0 switches it off."""
 
     needs_groups: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = False
 
     @property
     def needs_reference(self) -> bool:
