@@ -42,6 +42,14 @@ Folder = Annotated[
     Path | None, typer.Option("--dir", help="The run folder; the default is runs/<recipe's name>.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Replace a run that lies in the folder already.")]
+JudgeOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Settings of the pool: verify.deadline_s=5."),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Write every verdict (rescore: every change) there, as JSON lines.")
+]
+ShownRows = Annotated[int, typer.Option("--rows", min=0, help="Rows of the table.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe, start nothing.")
 ]
@@ -146,6 +154,42 @@ def export(
     from treadle.workflows import inspection
 
     _finish(inspection.export(run_folder, stage, to), as_json)
+
+
+@app.command()
+def verify(
+    file: Annotated[
+        str,
+        typer.Argument(help='JSON lines or Parquet, with "completion" and "answer" (or "payload") per row.'),
+    ],
+    overrides: JudgeOverrides = None,
+    verifier: Annotated[str, typer.Option(help="Who judges the rows that do not name a verifier.")] = "",
+    out: Out = None,
+    rows: ShownRows = 20,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Count broken rows and leave them out.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the completions of a file and print a table. Exit code 1 if a verifier failed on one."""
+    from treadle.workflows import judge_commands
+
+    _finish(judge_commands.verify(file, verifier, overrides or [], out, rows, skip_bad=skip_bad), as_json)
+
+
+@app.command()
+def rescore(
+    run_folder: RunArg,
+    overrides: JudgeOverrides = None,
+    verifier: Annotated[str, typer.Option(help="Another verifier; the default is each prompt's own.")] = "",
+    out: Out = None,
+    rows: ShownRows = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Judge the completions a run has kept once more and show whose reward changed."""
+    from treadle.workflows import judge_commands
+
+    _finish(judge_commands.rescore(run_folder, verifier, overrides or [], out, rows), as_json)
 
 
 @app.command()

@@ -26,7 +26,9 @@ def outcomes(groups: Sequence[Ready], *, step: int, shuffled: bool) -> list[Scor
     order = np.arange(len(rewards))
     order[scored] = rng.permutation(scored)
     ends = np.cumsum([len(outcome.rewards) for outcome in seen])[:-1]
-    shuffled_groups = [replace(o, rewards=r) for o, r in zip(seen, np.split(rewards[order], ends), strict=True)]
+    shuffled_groups = [
+        replace(o, rewards=r) for o, r in zip(seen, np.split(rewards[order], ends), strict=True)
+    ]
     if any(group.parts is None for group in seen):
         return shuffled_groups
     parts = np.concatenate([group.parts for group in seen if group.parts is not None])[order]

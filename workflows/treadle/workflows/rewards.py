@@ -60,7 +60,9 @@ class RewardRule:
     {"accuracy": 1.0, "language": 0.0})`.
     """
 
-    def __init__(self, config: RewardConfig | None = None, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, config: RewardConfig | None = None, weights: Mapping[str, float] | None = None
+    ) -> None:
         self._config = config or RewardConfig()
         self._weights = dict(weights or {})
 

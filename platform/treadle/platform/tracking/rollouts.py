@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,8 @@ class RolloutRow:
     worker: str
     generate_s: float  # of the whole group
     verify_s: float
+    verifier_name: str = ""  # as the prompt names it; with `payload`, what is needed to judge again
+    payload: str = ""  # JSON
 
 
 def split_completion(text: str) -> tuple[str, str]:
@@ -64,6 +67,7 @@ def split_completion(text: str) -> tuple[str, str]:
 def rollout_rows(drawn: Drawn, texts: Sequence[str], verdicts: Sequence[Verdict]) -> list[RolloutRow]:
     """The rows of one group. `texts` are the completions in sample order (what `drawn.texts` refers to)."""
     rows = []
+    payload = json.dumps(dict(drawn.prompt.payload), ensure_ascii=False)
     for index, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)):
         thinking, answer = split_completion(text)
         rows.append(
@@ -87,6 +91,8 @@ def rollout_rows(drawn: Drawn, texts: Sequence[str], verdicts: Sequence[Verdict]
                 worker=drawn.worker,
                 generate_s=drawn.wall_s,
                 verify_s=verdict.wall_s,
+                verifier_name=drawn.prompt.verifier,
+                payload=payload,
             )
         )
     return rows

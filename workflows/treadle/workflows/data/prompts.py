@@ -13,7 +13,7 @@ from treadle.workflows.data.generators.base import Generator
 from treadle.workflows.data.generators.registry import generator_field
 from treadle.workflows.data.permutation import Epochs
 from treadle.workflows.data.pool import MAX_TASKS, TaskPool, require_split
-from treadle.workflows.data.rows import SKIP, Row, read_rows, text_field
+from treadle.workflows.data.rows import SKIP, Row, payload_field, read_rows, text_field
 from treadle.workflows.data.split import in_split
 from treadle.workflows.data.tokenization import encode
 
@@ -235,7 +235,7 @@ class _PromptParser:
         text = text_field(row, "prompt", where)
         name = self._id(row, text, where)
         verifier = text_field(row, "verifier", where) if "verifier" in row else self._verifier
-        parsed = PromptRow(id=name, text=text, verifier=verifier, payload=_payload(row, where))
+        parsed = PromptRow(id=name, text=text, verifier=verifier, payload=payload_field(row, where))
         if name in self._seen:
             raise DataError(f"{where}: the id {name!r} is already used at {self._seen[name]}.", SKIP)
         self._seen[name] = where
@@ -248,15 +248,3 @@ class _PromptParser:
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             raise DataError(f'{where}: the field "id" is {value!r}; it must be a text or an integer.', SKIP)
         return str(value)
-
-
-def _payload(row: Row, where: str) -> dict[str, Json]:
-    payload = row.get("payload", {})
-    if not isinstance(payload, dict):
-        raise DataError(f'{where}: the field "payload" must be an object.', SKIP)
-    answer = row.get("answer")
-    if answer is None and not payload:
-        raise DataError(f'{where}: neither "answer" nor "payload" says what is right.', SKIP)
-    if isinstance(answer, str) and not answer.strip():
-        raise DataError(f'{where}: the field "answer" is empty.', SKIP)
-    return dict(payload) if answer is None else {"answer": answer, **payload}

@@ -13,11 +13,12 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from treadle.platform.errors import DataError, StorageError
+from treadle.platform.records import Json
 from treadle.platform.storage import open_parent
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
-SKIP = "Mend it, or set skip_bad=true to count such rows and leave them out."
+SKIP = "Mend it, or set skip_bad=true (--skip-bad) to count such rows and leave them out."
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,19 @@ def text_field(row: Row, name: str, where: str) -> str:
         found = "is missing" if name not in row else f"is {_short(value)}"
         raise DataError(f'{where}: the field "{name}" {found}; it must be a text.', SKIP)
     return value
+
+
+def payload_field(row: Row, where: str) -> dict[str, Json]:
+    """What a verifier needs to know: the fields "payload" (an object) and "answer". Raises DataError."""
+    payload = row.get("payload", {})
+    if not isinstance(payload, dict):
+        raise DataError(f'{where}: the field "payload" must be an object.', SKIP)
+    answer = row.get("answer")
+    if answer is None and not payload:
+        raise DataError(f'{where}: neither "answer" nor "payload" says what is right.', SKIP)
+    if isinstance(answer, str) and not answer.strip():
+        raise DataError(f'{where}: the field "answer" is empty.', SKIP)
+    return dict(payload) if answer is None else {"answer": answer, **payload}
 
 
 def _raw_rows(url: str) -> Iterator[tuple[str, str | Row]]:
