@@ -196,3 +196,33 @@ def test_an_actor_that_cannot_start_stops_the_start_and_ends_the_others() -> Non
 
 def test_the_odd_verifiers_are_known_to_the_configuration() -> None:
     assert set(odd_config().custom) == set(ODD)
+
+
+def test_a_slow_actor_is_hedged_by_another_and_the_first_answer_counts() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> tuple[list[str], float, int, int]:
+        handles[0].hangs = True
+        began = time.monotonic()
+        verdicts = await client.judge(drawn("ok", "ok"))
+        wall_s = time.monotonic() - began
+        for _ in range(100):
+            if len(handles) == 3:
+                break
+            await asyncio.sleep(0.1)
+        return statuses(verdicts), wall_s, client.hedged, len(handles)
+
+    found, wall_s, hedged, started = with_client(odd_config(actors=2, hedge_after_s=0.3), body)
+    assert found == ["scored", "scored"]
+    assert 0.3 <= wall_s < 3.0
+    assert hedged == 1
+    assert started == 3, "an actor that does not answer a ping was replaced"
+
+
+def test_a_quick_actor_is_not_hedged() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> tuple[int, list[int]]:
+        for _ in range(4):
+            assert statuses(await client.judge(drawn("ok"))) == ["scored"]
+        return client.hedged, [handle.asked for handle in handles]
+
+    hedged, asked = with_client(odd_config(actors=2, hedge_after_s=5.0), body)
+    assert hedged == 0
+    assert sum(asked) == 4

@@ -54,6 +54,7 @@ def step_metrics(
     drawn_tokens = float(lengths.sum())
     return {
         **reward_metrics(groups),
+        **verify_metrics(groups),
         names.RESPONSE_LENGTH_MEAN: float(lengths.mean()),
         names.RESPONSE_LENGTH_MAX: float(lengths.max()),
         names.RESPONSE_LENGTH_CLIP_RATIO: sum(stop is StopReason.LENGTH for stop in stops) / len(stops),
@@ -73,6 +74,18 @@ def step_metrics(
         **published.metrics,
         names.WEIGHTS_SENT_BYTES: float(published.sent_bytes),
         names.WEIGHTS_BEHIND: float(len(published.behind)),
+    }
+
+
+def verify_metrics(groups: Sequence[Ready]) -> dict[str, float]:
+    """How long judging took per sample. A verdict from the pool's cache took none."""
+    walls_s = np.array([v.wall_s for g in groups for v in g.verdicts])
+    p50_s, p95_s, p99_s = (float(value) for value in np.percentile(walls_s, (50, 95, 99)))
+    return {
+        names.VERIFY_P50: p50_s,
+        names.VERIFY_P95: p95_s,
+        names.VERIFY_P99: p99_s,
+        names.VERIFY_CACHED: float((walls_s == 0).mean()),
     }
 
 

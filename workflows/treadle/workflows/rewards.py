@@ -80,7 +80,7 @@ class RewardRule:
             return tuple(verdicts)
         weights = self.weights(drawn.oldest.step)
         return tuple(
-            replace(v, reward=sum(weights[name] * value for name, value in v.parts))
+            replace(v, reward=sum(weights.get(name, 0.0) * value for name, value in v.parts))
             if v.status is VerdictStatus.SCORED
             else v
             for v in verdicts
@@ -97,7 +97,7 @@ class RewardRule:
         if not self._config.per_part:
             return group
         weights = self.weights(drawn.oldest.step)
-        names = sorted({name for v in verdicts for name, _ in v.parts if weights[name]})
+        names = sorted({name for v in verdicts for name, _ in v.parts if weights.get(name)})
         rows = [dict(v.parts) for v in verdicts]
         return replace(
             group,

@@ -61,6 +61,7 @@ class VerifierPool:
         self._slots: list[_Slot] = []
         self._counter = VerdictCounter()
         self._respawns_left = config.respawns
+        self.hedged = 0
 
     async def start(self) -> None:
         """Starts the actors. Raises `VerifierError` when one cannot start, after ending the others."""
@@ -109,6 +110,24 @@ class VerifierPool:
                 slot.handle.kill()
 
     async def _ask(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
+        """The first answer of one actor, or of two where the first is slow."""
+        if not self._config.hedge_after_s or len(self._slots) < 2:
+            return await self._ask_one(request, texts)
+        first = asyncio.create_task(self._ask_one(request, texts))
+        asked = {first}
+        try:
+            await asyncio.wait(asked, timeout=self._config.hedge_after_s)
+            if not first.done():
+                self.hedged += 1
+                asked.add(asyncio.create_task(self._ask_one(request, texts)))
+            done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _ask_one(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
         reason = ""
         while (slot := self._least_loaded()) is not None:
             handle = slot.handle

@@ -38,6 +38,7 @@ class CompositeVerifier:
         self._verifiers = verifiers
         self._spec = spec
         self.version = "+".join(f"{verifier.name}/{verifier.version}" for verifier in verifiers)
+        self._logged = {part for verifier in verifiers for part in getattr(verifier, "logged_parts", ())}
         self.deterministic = all(getattr(verifier, "deterministic", False) for verifier in verifiers)
 
     def score(
@@ -59,7 +60,7 @@ class CompositeVerifier:
         return tuple(parts.items())
 
     def _check(self, part: str, value: float) -> None:
-        if part not in self._spec.parts:
+        if part not in self._spec.parts and part not in self._logged:
             raise ValueError(f"The reward part {part!r} has no weight. Set verify.parts.{part}.")
         if not isfinite(value):
             raise ValueError(f"The reward part {part!r} is {value}.")

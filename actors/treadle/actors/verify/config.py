@@ -49,6 +49,8 @@ class VerifyConfig:
     """Prompts end with `<think>`, so completions begin inside the thinking."""
     custom: dict[str, str] = field(default_factory=dict)
     """Further verifiers: name to `module:attribute`, a callable that makes a Verifier."""
+    pass_environment: list[str] = field(default_factory=list)
+    """Environment variables that verifier processes get besides a handful of harmless ones: a judge model's token."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Keyword arguments of verifiers, by name: `verify.options.math.allow_unevaluated=true`."""
     pins: dict[str, str] = field(default_factory=dict)
@@ -64,6 +66,9 @@ class VerifyConfig:
     """Wall time for one completion. Past it the process is killed and the verdict is timed_out."""
     startup_deadline_s: float = 120.0
     """Wall time for a process to start and import what a verifier needs."""
+    hedge_after_s: float = 0.0
+    """A group that an actor has not answered by then is also given to another one, and the first answer counts: for
+    slow nodes. 0 never does."""
     judge_deadline_s: float = 120.0
     """Wall time for one group, waiting for a free process included."""
     memory_bytes: int = 2**30
@@ -107,7 +112,7 @@ class VerifyConfig:
                 f"verify.memory_bytes={self.memory_bytes} is too little for a Python process.",
                 "Set at least 134217728 (128 MiB); the math verifier needs 512 MiB.",
             )
-        for name in ("cpus", "respawns", "cache_entries"):
+        for name in ("cpus", "respawns", "cache_entries", "hedge_after_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"verify.{name}={getattr(self, name)} must not be negative.")
         self._check_parts()

@@ -73,6 +73,7 @@ class ProcessPool:
             memory_bytes=config.memory_bytes,
             deadlines_s=config.deadlines_s(),
             pins=dict(config.pins),
+            pass_environment=tuple(config.pass_environment),
         )
         self._queue = JobQueue(config.queue_batches, config.caps())
         self._cache = VerdictCache(config.cache_entries)
@@ -92,7 +93,10 @@ class ProcessPool:
             for runner in runners:
                 await runner.drop()
             detail = broken[0].detail if isinstance(broken[0], ChildError) else repr(broken[0])
-            raise VerifierError(f"verify, start: {detail}.", "See verify.memory_bytes and verify.custom.")
+            raise VerifierError(
+                f"verify, start: {detail.rstrip('.')}.",
+                "See verify.options, verify.custom and verify.memory_bytes.",
+            )
         for runner in runners:
             self._deterministic |= runner.deterministic
             self._employ(runner)

@@ -125,13 +125,19 @@ class Child:
         return self._popen.pid
 
     @classmethod
-    async def start(cls, spec: ScoringSpec, memory_bytes: int, startup_deadline_s: float) -> Child:
+    async def start(
+        cls,
+        spec: ScoringSpec,
+        memory_bytes: int,
+        startup_deadline_s: float,
+        pass_environment: Sequence[str] = (),
+    ) -> Child:
         """Starts the process and waits until it listens. Raises `ChildError`."""
         ours, theirs = socket.socketpair()
         progress, fd = Progress.create()
         output = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         try:
-            popen = _spawn(theirs, fd, output)
+            popen = _spawn(theirs, fd, output, minimal_environment(pass_environment))
         except OSError as error:
             ours.close()
             progress.close()
@@ -334,7 +340,9 @@ class Child:
         return os.pread(self._output.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
 
 
-def _spawn(socket_: socket.socket, progress_fd: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(
+    socket_: socket.socket, progress_fd: int, output: IO[bytes], environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
     """No `preexec_fn`: it would fork the whole actor instead of using vfork. The process limits itself."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "treadle.actors.verify.child", str(os.getpid()), str(progress_fd)],
@@ -344,13 +352,14 @@ def _spawn(socket_: socket.socket, progress_fd: int, output: IO[bytes]) -> subpr
         pass_fds=(progress_fd,),
         start_new_session=True,
         cwd="/",
-        env=minimal_environment(),
+        env=environment,
     )
 
 
-def minimal_environment() -> dict[str, str]:
-    """No credentials: a completion may try to have them printed. The import path is this process's own."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+def minimal_environment(extra: Sequence[str] = ()) -> dict[str, str]:
+    """No credentials but those named: a completion may try to have them printed. The import path is this process's
+    own."""
+    kept = {name: os.environ[name] for name in (*_KEPT_VARIABLES, *extra) if name in os.environ}
     for name in (ENV, ENV_FILE, ENV_ONCE):
         if value := os.environ.get(name):
             kept[name] = value if name == ENV else os.path.abspath(value)

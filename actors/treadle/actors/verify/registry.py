@@ -18,6 +18,7 @@ VERIFIERS: Mapping[str, str] = {
     "numeric": f"{_HERE}.numeric:NumericVerifier",
     "countdown": f"{_HERE}.countdown:CountdownVerifier",
     "math": f"{_HERE}.symbolic:MathVerifier",
+    "judge": f"{_HERE}.judge_model:JudgeVerifier",
     "format": f"{_HERE}.template:FormatVerifier",
 }
 """Name in `Prompt.verifier` to `module:attribute`, a callable that makes the verifier from its options."""

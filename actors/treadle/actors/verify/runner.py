@@ -43,6 +43,7 @@ class Limits:
     memory_bytes: int
     deadlines_s: Mapping[str, float] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)
+    pass_environment: tuple[str, ...] = ()
 
     def deadline_of(self, verifier: str) -> float:
         """Seconds for one completion."""
@@ -92,7 +93,9 @@ class Runner:
         if self._child is None:
             limits = self._limits
             self.starts += 1
-            self._child = await Child.start(self._spec, limits.memory_bytes, limits.startup_deadline_s)
+            self._child = await Child.start(
+                self._spec, limits.memory_bytes, limits.startup_deadline_s, limits.pass_environment
+            )
         try:
             if not verifier:
                 return Built()

@@ -16,10 +16,10 @@ _KEPT = 4096
 def scored(
     parts: tuple[tuple[str, float], ...], weights: Mapping[str, float], wall_s: float, verifier: str
 ) -> Verdict:
-    """The reward is the weighted sum of the parts, which every one has a weight for."""
+    """The reward is the weighted sum of the parts; one without a weight is only logged."""
     return Verdict(
         status=VerdictStatus.SCORED,
-        reward=sum(weights[name] * value for name, value in parts),
+        reward=sum(weights.get(name, 0.0) * value for name, value in parts),
         parts=parts,
         wall_s=wall_s,
         detail="",
