@@ -27,7 +27,7 @@ PARTS := kills runs cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
 	$(MAKE) --no-print-directory -k -j2 -Otarget $(PARTS:%=test-%)
 
-test-kills: TESTS := e2e/test_kill_and_resume.py
+test-kills: TESTS := e2e/test_kill_and_resume.py e2e/test_verifier_faults.py
 test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk)
 test-plain: TESTS := actors/test_mail.py platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py

@@ -103,6 +103,7 @@ class SlowToBuild(Odd):
     """Imports for longer than a completion may take."""
 
     def __init__(self) -> None:
+        super().__init__()
         time.sleep(1.5)
 
 

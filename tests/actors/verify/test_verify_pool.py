@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_completions_are_scored_in_order_and_parts_sum_to_the_reward() -> None:
     verdicts = with_pool(config, body)
     assert [verdict.reward for verdict in verdicts] == [1.1, 1.1, 1.0, 0.1, 1.0]
     assert verdicts[0].parts == (("accuracy", 1.0), ("format", 1.0))
-    assert verdicts[0].verifier == "exact/1+format/1"
+    assert re.fullmatch(r"exact/\w+\+format/\w+", verdicts[0].verifier)
     weighted = [sum(config.parts[name] * value for name, value in verdict.parts) for verdict in verdicts]
     assert [verdict.reward for verdict in verdicts] == weighted
 
@@ -193,7 +194,7 @@ def test_a_payload_that_cannot_be_sent_fails_alone() -> None:
     assert all(statuses(other) == ["scored"] for other in others)
 
 
-def test_a_process_killed_from_outside_in_mid_judgement_costs_one_verdict() -> None:
+def test_a_process_killed_from_outside_in_mid_judgement_costs_only_time() -> None:
     async def body(pool: ProcessPool) -> tuple[Verdict, ...]:
         await judged(pool, "ok")
         (pid,) = children()
@@ -203,8 +204,7 @@ def test_a_process_killed_from_outside_in_mid_judgement_costs_one_verdict() -> N
         return await waiting
 
     verdicts = with_pool(odd_config(deadline_s=5.0), body)
-    assert statuses(verdicts) == ["scored", "failed", "scored"]
-    assert "SIGKILL" in verdicts[1].detail
+    assert statuses(verdicts) == ["scored", "scored", "scored"]
 
 
 def test_a_process_killed_between_batches_costs_nothing() -> None:
@@ -229,11 +229,21 @@ def test_a_process_stopped_between_batches_costs_only_time(monkeypatch: pytest.M
     assert statuses(with_pool(odd_config(), body)) == ["scored", "failed", "scored"]
 
 
-def test_a_sample_whose_process_dies_is_not_judged_twice(tmp_path: Path) -> None:
+def test_a_sample_whose_process_is_killed_is_judged_once_more(tmp_path: Path) -> None:
     async def body(pool: ProcessPool) -> tuple[Verdict, ...]:
-        return await judged(pool, f"once {tmp_path / 'mark'}")
+        return await judged(pool, "ok", f"once {tmp_path / 'mark'}", "ok")
 
-    assert statuses(with_pool(odd_config(), body)) == ["failed"]
+    assert statuses(with_pool(odd_config(), body)) == ["scored"] * 3
+
+
+def test_a_sample_that_kills_every_process_is_judged_twice_and_then_to_blame() -> None:
+    async def body(pool: ProcessPool) -> tuple[tuple[Verdict, ...], int]:
+        await judged(pool, "ok")
+        return await judged(pool, "ok", "kill", "ok"), pool.restarts
+
+    verdicts, restarts = with_pool(odd_config(), body)
+    assert statuses(verdicts) == ["scored", "failed", "scored"]
+    assert restarts == 2
 
 
 def test_a_full_queue_makes_callers_wait_and_loses_nothing() -> None:

@@ -58,8 +58,9 @@ class Limits:
 class Runner:
     """Judges batches one after the other, in a process that it replaces when it must.
 
-    A sample is judged again only when its process ended before its verdict arrived and another sample was to
-    blame; the one to blame gets `timed_out` (its deadline passed) or `failed` (the process ended by itself).
+    A sample whose deadline passes is `timed_out`. One in whose course the process ends is judged once more, because
+    the kernel or a person may have killed it; if that process ends too, the sample is to blame and `failed`. Samples
+    behind either are judged as if nothing had been.
     """
 
     def __init__(self, spec: ScoringSpec, limits: Limits) -> None:
@@ -75,9 +76,10 @@ class Runner:
         verdicts: dict[int, Verdict] = {}
         given = _Given(overflow) if overflow is not None else None
         fruitless = 0
+        died: set[int] = set()
         while rest := _missing(batch, verdicts, given):
             try:
-                found, detail = await self._attempt(batch, rest, given)
+                found, detail = await self._attempt(batch, rest, given, died)
                 fruitless = 0 if found else fruitless + 1
             except ChildError as error:
                 found, detail = {}, error.detail
@@ -126,7 +128,7 @@ class Runner:
             raise ChildError(f"{detail}. Install the pinned one, or change the pin.", fatal=False)
 
     async def _attempt(
-        self, batch: Batch, rest: list[int], given: _Given | None
+        self, batch: Batch, rest: list[int], given: _Given | None, died: set[int]
     ) -> tuple[dict[int, Verdict], str]:
         version = (await self.ready(batch.verifier)).version
         assert self._child is not None
@@ -142,7 +144,11 @@ class Runner:
             raise
         verdicts = {rest[row.index]: _verdict(row, version, self._spec.parts) for row in outcome.rows}
         if outcome.blamed is not None:
-            verdicts[rest[outcome.blamed]] = self._blame(outcome, batch.verifier, version)
+            blamed = rest[outcome.blamed]
+            if outcome.ending is Ending.DIED and blamed not in died:
+                died.add(blamed)
+            else:
+                verdicts[blamed] = self._blame(outcome, batch.verifier, version)
         if outcome.ending is not Ending.DONE or self._child.worn:
             await self.drop()
         return verdicts, outcome.detail
