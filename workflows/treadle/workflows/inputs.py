@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from treadle.platform.contracts import Prompts
 from treadle.platform.errors import DataError
 from treadle.platform.seeds import derive_seed
 from treadle.workflows.configs import DistillConfig, GrpoConfig, PretrainConfig, SftConfig, StageConfig
 from treadle.workflows.data.batches import RowList, RowSource
 from treadle.workflows.data.corpus import TokenStream
-from treadle.workflows.data.prompts import FilePrompts
+from treadle.workflows.data.prompts import FilePrompts, GeneratedPrompts
 from treadle.workflows.data.registry import PromptsConfig
 from treadle.workflows.recipe import Recipe
 
@@ -22,8 +21,8 @@ class StageInputs:
     """What a stage reads. `rows` are supervised, `train` and `heldout` are prompts; None where not needed."""
 
     rows: RowSource | None = None
-    train: Prompts | None = None
-    heldout: Prompts | None = None
+    train: GeneratedPrompts | FilePrompts | None = None
+    heldout: GeneratedPrompts | FilePrompts | None = None
 
     @property
     def skipped(self) -> int:
@@ -68,7 +67,7 @@ def _prompts(
     split: str,
     max_new_tokens: int,
     stage: str,
-) -> Prompts:
+) -> GeneratedPrompts | FilePrompts:
     """Train and held-out sets share the run's seed, so that every stage evaluates on the same prompts."""
     room = recipe.rollout.max_context_tokens - max_new_tokens
     prompts = config.build(tokenizer, split=split, seed=recipe.seed, max_prompt_tokens=room)

@@ -7,14 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from treadle.actors.verify.config import VerifyConfig
 from treadle.cluster.ray_metrics import RayMetrics
 from treadle.cluster.session import open_session
 from treadle.platform.config import flatten
@@ -35,6 +36,9 @@ from treadle.workflows.run import Run
 from treadle.workflows.stages import run_stage
 from treadle.workflows.summary import summarise
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @asynccontextmanager
 async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncIterator[Run]:
@@ -53,7 +57,7 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         folder = RunFolder.of(path, recipe)
         shutil.copytree(drafted, folder.tokenizer, dirs_exist_ok=True)
     staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
-    recipe = replace(recipe, verify=replace(recipe.verify, eos=recipe.verify.eos or tokenizer.eos_token))
+    recipe = replace(recipe, verify=_readied(recipe.verify, tokenizer, inputs.values()))
     tracker = RunTracker(
         folder.path, recipe.tracking, name=recipe.name, settings=flatten(recipe), json_mode=quiet
     )
@@ -106,6 +110,21 @@ async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
     return summary
 
 
+def _readied(
+    verify: VerifyConfig, tokenizer: PreTrainedTokenizerBase, inputs: Iterable[StageInputs]
+) -> VerifyConfig:
+    """With the tokenizer's EOS, and warm for every verifier that the prompts name: its imports are on nobody's clock,
+    and one that cannot be built is said at the start."""
+    named = {
+        name
+        for stage in inputs
+        for p in (stage.train, stage.heldout)
+        if p is not None
+        for name in p.verifiers
+    }
+    return replace(verify, eos=verify.eos or str(tokenizer.eos_token), warm=sorted({*verify.warm, *named}))
+
+
 def _tell_skipped(tracker: RunTracker, inputs: Mapping[str, StageInputs]) -> None:
     for name, stage in inputs.items():
         if stage.skipped:
@@ -125,10 +144,10 @@ async def evaluate_folder(recipe: Recipe, model: Path) -> EvalReport:
     check_model_folder(model)
     tokenizer = load_tokenizer(str(model))
     name, stage = _evaluated_stage(recipe)
-    heldout = stage_inputs(recipe, tokenizer, name, stage).heldout
+    inputs = stage_inputs(recipe, tokenizer, name, stage)
+    heldout = inputs.heldout
     assert heldout is not None
-    verify = replace(recipe.verify, eos=recipe.verify.eos or tokenizer.eos_token)
-    recipe = replace(recipe, verify=verify)
+    recipe = replace(recipe, verify=_readied(recipe.verify, tokenizer, [inputs]))
     with open_session(recipe.cluster, engine_specs(recipe)):
         async with open_engines(recipe, str(model)) as (rollouts, verifiers):
             return await evaluate(
