@@ -183,7 +183,7 @@ def test_rescoring_says_whose_reward_changed(tmp_path: Path) -> None:
 def test_rescoring_with_another_verifier_uses_that_one(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", [kept(0, "<think>x</think><answer>132.0</answer>", reward=0.1)])
     result = json.loads(treadle("rescore", run, "--verifier", "numeric", "--json")[0])
-    assert next(iter(result["verifiers"])).startswith("numeric/1")
+    assert next(iter(result["verifiers"])).startswith("numeric/")
     assert result["reward_mean"] == pytest.approx(1.1)
 
 
