@@ -5,6 +5,7 @@ import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,10 @@ CASES = {
 }
 
 
+ELSEWHERE = {"judge": "test_judge_model.py"}
+"""Verifiers that need more than a payload (somebody to ask), and the file that tests them."""
+
+
 @pytest.fixture(scope="module", params=sorted(CASES))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -49,7 +54,10 @@ def written(answer: str) -> str:
 
 
 def test_every_registered_verifier_is_tested_here() -> None:
-    assert set(CASES) == set(VERIFIERS)
+    assert {*CASES, *ELSEWHERE} == set(VERIFIERS)
+    assert all(
+        (Path(__file__).parents[1] / "actors" / "verify" / file).is_file() for file in ELSEWHERE.values()
+    )
 
 
 def test_it_has_a_name_a_version_and_the_protocol(name: str, verifier: Verifier) -> None:
