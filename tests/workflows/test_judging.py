@@ -15,6 +15,8 @@ from treadle.platform.tracking.rollouts import RolloutRow, write_rollouts
 from treadle.workflows.recipe import load_recipe
 
 GOOD = "<think>7+5</think><answer>132</answer>"
+ENDED = f"{GOOD}<eos>"
+"""As a run keeps it: with the text of its tokenizer's EOS."""
 WRONG = "<think>7+5</think><answer>133</answer>"
 
 
@@ -151,8 +153,9 @@ def kept(index: int, completion: str, **changes: Any) -> RolloutRow:
 
 
 def finished_run(folder: Path, rows: list[RolloutRow]) -> Path:
-    folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(load_recipe("demo")))
+    recipe = load_recipe("demo")
+    recipe.tokenizer.write(folder / "artifacts" / "tokenizer")
+    (folder / "config.yaml").write_text(to_yaml(recipe))
     write_rollouts(folder, stage="grpo", step=3, attempt=1, time=0.0, rows=rows)
     return folder
 
@@ -161,7 +164,7 @@ def test_rescoring_says_whose_reward_changed(tmp_path: Path) -> None:
     run = finished_run(
         tmp_path / "run",
         [
-            kept(0, GOOD),
+            kept(0, ENDED),
             kept(1, WRONG),  # was scored as right
             kept(2, GOOD, reward=float("nan"), status="failed", parts={}),  # the verifier had broken
             kept(3, GOOD, stop="length", reward=1.0, parts={"accuracy": 1.0, "format": 0.0}),

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -57,13 +58,16 @@ def verify(
 
 def rescore(run: Path, verifier: str, overrides: Sequence[str], out: Path | None, rows: int) -> Result:
     """Judges a run's kept completions again and says whose reward changed."""
+    from treadle.workflows.data.tokenization import load_tokenizer
     from treadle.workflows.recipe import load_recipe
 
     folder = RunFolder.existing(run)
     recipe = load_recipe(folder.config)
     kept = kept_rollouts(folder.path)
     asked = [asked_of(one, verifier) for one in kept]
-    config = judging_config(recipe.verify, overrides, {one.verifier for one in asked})
+    # As the run did: completions end with the text of the tokenizer's EOS.
+    eos = recipe.verify.eos or str(load_tokenizer(str(folder.tokenizer)).eos_token)
+    config = judging_config(replace(recipe.verify, eos=eos), overrides, {one.verifier for one in asked})
     judged, stats, wall_s = _judged(config, asked)
     changed = [(old, new) for old, new in zip(kept, judged, strict=True) if _differs(old, new)]
     if out is not None:
