@@ -136,18 +136,27 @@ def test_broken_rows_are_counted_when_they_may_be(tmp_path: Path) -> None:
 
 def kept(index: int, completion: str, **changes: Any) -> RolloutRow:
     fields: dict[str, Any] = {
-        **{"group_id": f"grpo/{index}", "prompt_id": f"p{index}", "prompt": "47+85=", "sample_index": 0},
-        **{
-            "completion": completion,
-            "thinking": "",
-            "answer": "",
-            "reward": 1.1,
-            "status": "scored",
-            "detail": "",
-        },
-        **{"parts": {"accuracy": 1.0, "format": 1.0}, "verifier": "exact/1+format/1", "version_oldest": 3},
-        **{"version_newest": 3, "length_tokens": 9, "stop": "eos", "worker": "rollout-0", "generate_s": 0.1},
-        **{"verify_s": 0.001, "verifier_name": "exact", "payload": '{"answer": "132"}'},
+        "group_id": f"grpo/{index}",
+        "prompt_id": f"p{index}",
+        "prompt": "47+85=",
+        "sample_index": 0,
+        "completion": completion,
+        "thinking": "",
+        "answer": "",
+        "reward": 1.1,
+        "status": "scored",
+        "detail": "",
+        "parts": {"accuracy": 1.0, "format": 1.0},
+        "verifier": "exact/1+format/1",
+        "version_oldest": 3,
+        "version_newest": 3,
+        "length_tokens": 9,
+        "stop": "eos",
+        "worker": "rollout-0",
+        "generate_s": 0.1,
+        "verify_s": 0.001,
+        "verifier_name": "exact",
+        "payload": '{"answer": "132"}',
     }
     return RolloutRow(**{**fields, **changes})
 

@@ -103,12 +103,14 @@ def _progress(total: int) -> Callable[[int], None]:
     began_s = told_s = time.monotonic()
 
     def tell(done: int) -> None:
-        nonlocal told_s
+        nonlocal began_s, told_s
         now_s = time.monotonic()
+        if done == 1:  # what went before was the processes' start
+            began_s = told_s = now_s
         if now_s - told_s < _TELL_EVERY_S:
             return
         told_s = now_s
-        left_s = (now_s - began_s) / done * (total - done)
+        left_s = (now_s - began_s) / (done - 1) * (total - done)
         sys.stderr.write(f"judged {done}/{total}  ETA {duration(left_s)}\n")
         sys.stderr.flush()
 
