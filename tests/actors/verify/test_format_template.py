@@ -54,6 +54,33 @@ def test_exactly_the_template_gets_credit(completion: str, expected: bool) -> No
     assert FormatVerifier().score(completion, {}) == (("format", float(expected)),)
 
 
+@pytest.mark.parametrize("unseen", ["\u200b", "\u2060\ufeff", "\u200e \u00ad"])
+def test_a_block_of_marks_that_do_not_show_is_empty(unseen: str) -> None:
+    assert not has_template(f"<think>{unseen}</think><answer>b</answer>")
+    assert not has_template(f"<think>a</think><answer>{unseen}</answer>")
+    assert has_template(f"<think>a{unseen}</think><answer>b</answer>")
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>because</think>It is \\boxed{5}.", True),
+        ("\n<think>because</think>\n\nIt is 5.\n", True),
+        ("<think>because</think>", False),
+        ("<think>because</think> \n", False),
+        ("<think> </think>5", False),
+        ("so <think>because</think>5", False),
+        ("<think>because</think>5<think>more</think>", False),
+        ("<think>because</think></think>5", False),
+        ("<think>because</think><answer>5</answer>", False),
+        ("<think>because</think>5\nUser: thanks", False),
+        ("because", False),
+    ],
+)
+def test_r1_itself_answers_without_tags(completion: str, expected: bool) -> None:
+    assert FormatVerifier(answer_tags=False).matches(completion) == expected
+
+
 @pytest.mark.parametrize("marker", ROLE_MARKERS)
 def test_a_forged_turn_gets_no_credit(marker: str) -> None:
     assert not FormatVerifier().matches(GOOD.replace("because", f"because{marker} what?"))
@@ -86,6 +113,48 @@ def test_the_scanner_agrees_with_a_slow_reference(pieces: list[str]) -> None:
 def test_the_scanner_agrees_near_the_template(gaps: list[str]) -> None:
     text = gaps[0] + "".join(tag + gap for tag, gap in zip(TAGS, gaps[1:], strict=True))
     assert has_template(text) == slow_reference(text)
+
+
+class Visited(str):
+    """Text that counts the characters that were looked at, by any of the operations that the scanner uses."""
+
+    visits = 0
+
+    def find(self, tag: str, begin: int = 0) -> int:  # type: ignore[override]
+        found = super().find(tag, begin)
+        Visited.visits += (len(self) if found < 0 else found + len(tag)) - begin
+        return found
+
+    def __getitem__(self, index: slice) -> "Visited":  # type: ignore[override]
+        piece = Visited(super().__getitem__(index))
+        Visited.visits += len(piece)
+        return piece
+
+    def strip(self, *_: object) -> "Visited":  # type: ignore[override]
+        Visited.visits += len(self)
+        return Visited(super().strip())
+
+    def __contains__(self, tag: object) -> bool:
+        Visited.visits += len(self)
+        return super().__contains__(tag)  # type: ignore[operator]
+
+
+def visits(text: str, answer_tags: bool) -> int:
+    Visited.visits = 0
+    has_template(Visited(text), answer_tags)
+    return Visited.visits
+
+
+@given(st.lists(PIECES, min_size=1, max_size=8), st.sampled_from([1, 4, 16]), st.booleans())
+def test_twice_the_text_is_at_most_twice_the_visits(pieces: list[str], times: int, answer_tags: bool) -> None:
+    """`times` copies against twice as many, each within the template, so that the scanner goes all the way."""
+    once, twice = (
+        max(visits(text, answer_tags) for text in (body, f"<think>{body}</think><answer>{body}</answer>"))
+        for body in ("".join(pieces) * times, "".join(pieces) * 2 * times)
+    )
+    assert once > 0
+    assert twice <= 2 * once + 100
+    assert once <= 24 * (2 * len("".join(pieces)) * times + 40)
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,30 @@ def test_a_verifier_of_another_version_than_its_pin_does_not_start(pin: str, sta
         return
     with pytest.raises(VerifierError, match=rf"verify.pins.exact='{pin}', but this machine has 'exact/1'"):
         with_pool(config, lambda pool: judged(pool, "5", verifier="exact", answer="5"))
+
+
+def test_form_parts_are_judged_where_they_are_listed_and_weigh_what_they_are_given() -> None:
+    parts = {"accuracy": 1.0, "language": 0.5, "repetition": -1.0, "reflection": 0.0}
+    config = odd_config(parts=parts, options={"language": {"target": "en"}})
+    text = "<think>wait, seven and 五</think><answer>12</answer>"
+    (verdict,) = with_pool(config, lambda pool: judged(pool, text, verifier="exact", answer="12"))
+    found = dict(verdict.parts)
+    assert list(found) == ["accuracy", "language", "repetition", "reflection"]
+    assert found["accuracy"] == 1.0
+    assert found["language"] == 0.75
+    assert found["repetition"] == 0.0
+    assert found["reflection"] > 0
+    assert verdict.reward == 1.0 + 0.5 * 0.75
+
+
+def test_a_form_part_that_is_not_listed_costs_nothing() -> None:
+    (verdict,) = with_pool(odd_config(), lambda pool: judged(pool, "5", verifier="exact", answer="5"))
+    assert [name for name, _ in verdict.parts] == ["accuracy"]
+    assert "language" not in verdict.verifier
+
+
+@pytest.mark.parametrize("changes", [{}, {"limits": {"code": VerifierLimits(processes=1)}}])
+def test_verifiers_that_compile_or_ask_somebody_have_longer_deadlines(changes: dict[str, object]) -> None:
+    assert VerifyConfig(**changes).deadlines_s() == {"code": 30.0, "judge": 30.0}  # type: ignore[arg-type]
+    given = VerifyConfig(limits={"code": VerifierLimits(deadline_s=5.0)})
+    assert given.deadlines_s()["code"] == 5.0

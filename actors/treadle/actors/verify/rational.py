@@ -27,6 +27,21 @@ _POWER_OF_TEN = re.compile(
     r"(?:(?P<factor>.+)(?:\\times|\\cdot|×|\*)|(?P<sign>[+-]?))10\^\{?(?P<exp>[+-]?[0-9]{1,9})\}?"
 )
 
+_LAYOUT = re.compile(
+    r"\\!\s*|\\[,;: ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\\\$|(?<=[0-9]) (?=[0-9]{3}\b)"
+)
+_UNIT_WORD = (
+    r"(?:[kcmdµnMG]?m|[kmµ]?g|[kmMG]?(?:W|Wh|Hz|N|J|Pa|V)|ml|mL|L|s|ms|min|h|hr|hrs|mph|kmh|ft|in|lb|lbs|oz|rad|K|A|C|F"
+    r"|(?:centi|kilo|milli)?met(?:er|re)s?|(?:kilo|milli)?grams?|lit(?:er|re)s?|seconds?|minutes?|hours?|days?|weeks?"
+    r"|months?|years?|inch(?:es)?|feet|foot|yards?|miles?|degrees?|radians?|units?|dollars?|cents?|euros?|people|ways)"
+)
+_UNIT = re.compile(
+    r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°"
+    r"|\\(?:text|textbf|mathrm|mbox)\s*\{(?![^{}]*(?:illion|thousand|hundred|dozen))[^{}0-9%]*\}(?:\s*\^\s*\{?-?[0-9]\}?)?"
+    r"|(?:(?<=\s)|(?<=[0-9}])(?=[A-Za-z]{2}))(?:square |cubic |sq\.? |cu\.? )?"
+    rf"{_UNIT_WORD}(?:\s?(?:/|per)\s?{_UNIT_WORD})?(?:\^?\{{?[23]\}}?|[²³])?)$"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Rational:
@@ -67,6 +82,29 @@ def read(text: str, percent: str = "divide") -> Rational | None:
     if number is None or not hundredth:
         return number
     return _decimal_record(number.sign, number.digits, number.exponent - 2, number.denominator)
+
+
+def read_measure(text: str, percent: str = "divide") -> Rational | None:
+    """`read`, past what layout and units add: `\\$1{,}250\\text{ km}` is 1250, `90^\\circ` is 90.
+
+    Units are dropped and not compared, as in math-verify.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return None
+    number = read(text, percent)
+    if number is None and ("\\" in text or "°" in text or " " in text):
+        bare = _LAYOUT.sub("", text.replace("{,}", ","))
+        number = read(_UNIT.sub("", bare.strip("$ .")), percent)
+    return number
+
+
+def rounds_to(answer: Rational, gold: Rational, decimals: int) -> bool:
+    """Whether two numbers agree to `decimals` places after the point and, however small they are, to a thousandth (to
+    a tenth for fewer than four decimals): places alone would take 1e-9 for 0."""
+    a, g = answer.fraction(), gold.fraction()
+    if a is None or g is None:
+        return False
+    return abs(a - g) <= min(Fraction(1, 2 * 10**decimals), abs(g) / (1000 if decimals > 3 else 10))
 
 
 def same(left: Rational, right: Rational) -> bool:

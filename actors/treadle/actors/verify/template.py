@@ -1,12 +1,12 @@
-"""`format`: the R1 template, by a scanner that reads the text once.
+"""`format`: the template of DeepSeek-R1-Zero, or of R1, by a scanner that reads the text once.
 
-A completion has the form when it is exactly
+A completion has R1-Zero's form when it is exactly
 
     <think> something </think> <answer> something </answer>
 
 with each tag once and in this order, nothing but whitespace before, between and after the two blocks, and no
-forged turn. Regular expressions for this accept a second answer or an answer inside the thinking, and
-backtrack quadratically on repeated tags.
+forged turn. In R1's own form the answer is free text without tags (`answer_tags=False`). Regular expressions for this
+accept a second answer or an answer inside the thinking, and backtrack quadratically on repeated tags.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from treadle.actors.verify.answer import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE
+from treadle.actors.verify.answer import ANSWER_CLOSE, ANSWER_OPEN, SEEN, THINK_CLOSE
 
 if TYPE_CHECKING:
     from treadle.platform.records import Json
@@ -25,11 +25,16 @@ ROLE_MARKERS = (
     "<|im_start|>",
     "<|im_end|>",
     "<|start_header_id|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
     "<|user|>",
     "<|assistant|>",
     "<|system|>",
     "<｜User｜>",
     "<｜Assistant｜>",
+    "<｜end▁of▁sentence｜>",
     "[INST]",
     "\nUser:",
     "\nHuman:",
@@ -41,20 +46,30 @@ ROLE_MARKERS = (
 class FormatVerifier:
     """Format 1 for the template, else 0; needs nothing from the payload.
 
-    `opened` says that prompts end with `<think>`, so that completions begin inside the thinking. With
-    `eos` a completion must end with that text and hold it nowhere else; the pool strips it beforehand and
-    leaves this empty.
+    `answer_tags` chooses the template: R1-Zero's with `<answer>` (the default), or R1's without. `opened` says that
+    prompts end with `<think>`, so that completions begin inside the thinking. With `eos` a completion must end with
+    that text and hold it nowhere else; the pool strips it beforehand and leaves this empty. A completion that was cut
+    off loses the credit in the pool: it cannot be told here.
+
+    Example: `FormatVerifier(answer_tags=False, opened=True).matches("because</think>It is 5.")` is true.
     """
 
     name = "format"
-    version = "1"
+    deterministic = True
 
     def __init__(
-        self, opened: bool = False, eos: str = "", forbidden: tuple[str, ...] = ROLE_MARKERS
+        self,
+        *,
+        opened: bool = False,
+        eos: str = "",
+        forbidden: tuple[str, ...] = ROLE_MARKERS,
+        answer_tags: bool = True,
     ) -> None:
         self._opened = opened
         self._eos = eos
         self._forbidden = forbidden
+        self._answer_tags = answer_tags
+        self.version = "2" if answer_tags else "2 (answer_tags=False)"
 
     def score(self, completion: str, payload: Mapping[str, Json]) -> tuple[tuple[str, float], ...]:  # noqa: ARG002  the form does not depend on the task
         return (("format", float(self.matches(completion))),)
@@ -68,24 +83,23 @@ class FormatVerifier:
             if self._eos in completion:
                 return False
         text = THINK_OPEN + completion if self._opened else completion
-        return has_template(text) and not any(marker in text for marker in self._forbidden)
+        return has_template(text, self._answer_tags) and not any(marker in text for marker in self._forbidden)
 
 
-def has_template(text: str) -> bool:
+def has_template(text: str, answer_tags: bool = True) -> bool:
     """Whether the text is the two blocks and nothing else; each character is visited a bounded number of
     times."""
     pieces = []
     begin = 0
-    for tag in TAGS:
+    for tag in TAGS if answer_tags else TAGS[:2]:
         position = text.find(tag, begin)
         if position < 0:
             return False
         pieces.append(text[begin:position])
         begin = position + len(tag)
     pieces.append(text[begin:])
-    before, thinking, between, answer, after = pieces
-    if before.strip() or between.strip() or after.strip():
+    filled = (pieces[1], pieces[3] if answer_tags else pieces[2])
+    empty = (pieces[0], pieces[2], pieces[4]) if answer_tags else (pieces[0],)
+    if any(piece.strip() for piece in empty) or not all(map(SEEN.search, filled)):
         return False
-    if not thinking.strip() or not answer.strip():
-        return False
-    return all(tag not in thinking and tag not in answer for tag in TAGS)
+    return all(tag not in piece for tag in TAGS for piece in filled)
