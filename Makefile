@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test unit lint oracle bench reproduce-demo clean
+.PHONY: help demo test unit lint oracle bench bench-verify verify-hostile reproduce-demo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -22,7 +22,7 @@ demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (a
 
 # A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next. Two at
 # a time, because most of them wait for processes to start.
-PYTEST := $(BIN)/python -m pytest -q -m "not oracle"
+PYTEST := $(BIN)/python -m pytest -q -m "not oracle and not hostile"
 PARTS := kills runs cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
 	$(MAKE) --no-print-directory -k -j2 -Otarget $(PARTS:%=test-%)
@@ -39,7 +39,7 @@ test-cluster: TESTS := cluster
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 
-NOTHING_STARTED := not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow
+NOTHING_STARTED := not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow and not hostile
 unit: $(VENV)/.dev ## The tests that start nothing: under 90 s
 	$(MAKE) --no-print-directory -k -j2 -Otarget unit-actors unit-rest
 
@@ -59,6 +59,13 @@ oracle: $(VENV)/.dev ## Every objective against an independent one, and against 
 
 bench: $(VENV)/.dev ## Measure, side by side with what is claimed against; writes bench.json
 	$(BIN)/python -m tests.benchmarks
+
+verify-hostile: $(VENV)/.dev ## All hostile texts and programs, in every sandbox, as root and as nobody (a quarter of an hour)
+	$(BIN)/python -m pytest -q tests/actors/verify/test_hostile_text.py tests/actors/verify/programs
+
+bench-verify: $(VENV)/.dev ## The verifiers alone: against math-verify, with hostile company, and programs
+	$(BIN)/python -m tests.benchmarks.bench_verify
+	$(BIN)/python -m tests.benchmarks.bench_programs
 
 reproduce-demo: $(VENV)/.core ## The demo with three seeds, and with shuffled rewards (a quarter of an hour)
 	$(BIN)/python -m tests.benchmarks.reproduce_demo

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from tests.benchmarks.bench_rows import hardware, read_rows, table
 
-BENCHES = ("bench_engine", "bench_linear", "bench_mail", "bench_overlap", "bench_step")
+BENCHES = (
+    "bench_engine",
+    "bench_linear",
+    "bench_mail",
+    "bench_overlap",
+    "bench_programs",
+    "bench_step",
+    "bench_verify",
+)
 
 
 def arguments_of(bench: str, out: Path, *, quick: bool) -> list[str]:

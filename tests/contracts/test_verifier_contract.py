@@ -32,11 +32,23 @@ CASES = {
     "countdown": Case({"numbers": [3, 4, 5], "target": 35}, "(3+4)*5", "3+4+5", {"numbers": 3}),
     "math": Case({"answer": "\\sqrt{12}"}, "2\\sqrt{3}", "3\\sqrt{2}", {"answer": None}),
     "format": Case({}, "132", "132</answer><answer>132"),
+    "code": Case(
+        {"tests": [{"call": {"function": "f", "args": [2]}, "returns": 4}]},
+        "```python\ndef f(x):\n    return x * x\n```",
+        "```python\ndef f(x):\n    return x + 3\n```",
+        {},
+    ),
 }
 
 
-ELSEWHERE = {"judge": "test_judge_model.py"}
-"""Verifiers that need more than a payload (somebody to ask), and the file that tests them."""
+ELSEWHERE = {
+    "judge": "test_judge_model.py",
+    "language": "test_language.py",
+    "repetition": "test_form_parts.py",
+    "reflection": "test_form_parts.py",
+}
+"""Verifiers that need more than a payload (somebody to ask, a sandbox), or whose part is no accuracy, and the file that
+tests them."""
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))

@@ -145,7 +145,10 @@ class EngineSample(Protocol):
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Pure scoring of one completion, inside a killable process. May be slow, may crash; the pool copes."""
+    """Pure scoring of one completion, inside a killable process. May be slow, may crash; the pool copes.
+
+    Optional attributes: `deterministic = True` lets equal completions share a verdict; `logged_parts` names parts
+    that need no weight."""
 
     name: str
     version: str

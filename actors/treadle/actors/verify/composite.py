@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from treadle.actors.verify.answer import without_eos
 from treadle.actors.verify.registry import FORM, make_verifier
-from treadle.actors.verify.template import ROLE_MARKERS, FormatVerifier
+from treadle.actors.verify.template import ROLE_MARKERS
 
 if TYPE_CHECKING:
     from treadle.platform.contracts import Verifier
@@ -76,5 +76,5 @@ def _made(name: str, spec: ScoringSpec) -> Verifier:
     options = dict(spec.options.get(name, {}))
     if name == FORMAT:
         forbidden = (*ROLE_MARKERS, spec.eos) if spec.eos else ROLE_MARKERS
-        return FormatVerifier(opened=spec.think_opened, forbidden=forbidden)
+        options = {"opened": spec.think_opened, "forbidden": forbidden, **options}
     return make_verifier(name, spec.custom, options)

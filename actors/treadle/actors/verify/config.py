@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from treadle.actors.verify.registry import VERIFIERS
+from treadle.actors.verify.registry import DEADLINES_S, VERIFIERS
 from treadle.platform.errors import ConfigError
 from treadle.platform.records import RoleSpec
 
@@ -16,7 +16,7 @@ class VerifierLimits:
     """`verify.limits.<verifier>.*`: what differs for one verifier."""
 
     deadline_s: float | None = None
-    """Wall time for one completion; by default `verify.deadline_s`."""
+    """Wall time for one completion; by default `verify.deadline_s`, for `code` and `judge` 30 s."""
     processes: int | None = None
     """Most processes of an actor that judge with it at once; by default all."""
 
@@ -168,7 +168,8 @@ class VerifyConfig:
 
     def deadlines_s(self) -> dict[str, float]:
         """The deadlines that differ from `deadline_s`, by verifier."""
-        return {n: limits.deadline_s for n, limits in self.limits.items() if limits.deadline_s is not None}
+        given = {n: limits.deadline_s for n, limits in self.limits.items() if limits.deadline_s is not None}
+        return {**DEADLINES_S, **given}
 
     def role(self) -> RoleSpec:
         """What the verify actors need from the cluster."""

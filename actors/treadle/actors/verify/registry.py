@@ -18,14 +18,21 @@ VERIFIERS: Mapping[str, str] = {
     "numeric": f"{_HERE}.numeric:NumericVerifier",
     "countdown": f"{_HERE}.countdown:CountdownVerifier",
     "math": f"{_HERE}.symbolic:MathVerifier",
+    "code": f"{_HERE}.programs.verifier:CodeVerifier",
     "judge": f"{_HERE}.judge_model:JudgeVerifier",
     "format": f"{_HERE}.template:FormatVerifier",
+    "language": f"{_HERE}.language:LanguageVerifier",
+    "repetition": f"{_HERE}.repetition:RepetitionVerifier",
+    "reflection": f"{_HERE}.reflection:ReflectionVerifier",
 }
 """Name in `Prompt.verifier` to `module:attribute`, a callable that makes the verifier from its options."""
 
-FORM: tuple[str, ...] = ("format",)
+FORM: tuple[str, ...] = ("format", "language", "repetition", "reflection")
 """Verifiers that look at a completion's form and not at its answer. Each returns one part, of its own name, and runs
 on every completion where `verify.parts` lists it."""
+
+DEADLINES_S: Mapping[str, float] = {"code": 30.0, "judge": 30.0}
+"""Deadlines of verifiers that compile, run or ask somebody; all others have `verify.deadline_s`."""
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
