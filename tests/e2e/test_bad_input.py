@@ -111,7 +111,11 @@ SETTINGS = {
         ["stages.rl.max_new_tokens=32"],
         ("stages.rl.max_new_tokens=32", "rollout.max_context_tokens=32"),
     ),
-    "a weight of accuracy that would falsify it": (["verify.parts.accuracy=0.5"], ("verify.parts.accuracy",)),
+    "a reward that is always zero": (
+        ["verify.parts.accuracy=0", "verify.parts.digits=0"],
+        ("verify.parts", "verify.parts.accuracy=1"),
+    ),
+    "a weight that is no number": (["verify.parts.accuracy=.inf"], ("verify.parts.accuracy",)),
     "cuda without a GPU to ask for": (["rollout.device=cuda"], ("rollout.gpus",)),
     "an unknown engine": (["rollout.engine=vlm"], ("rollout.engine=vlm", "vllm")),
 }
