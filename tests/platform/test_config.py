@@ -262,3 +262,29 @@ def test_a_member_must_be_frozen_and_carry_its_kind() -> None:
             "test-objective",
             {"plain": dataclasses.make_dataclass("Else", [("kind", str, "plain")], frozen=True)},
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    parts: dict[str, float] = dataclasses.field(default_factory=lambda: {"right": 1.0, "form": 0.1})
+    options: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+
+def test_a_mapping_that_is_written_down_replaces_the_default_one(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("parts: {right: 2.0}\n")
+    assert load(Weighted, tmp_path / "x.yaml").parts == {"right": 2.0}
+    assert load(Weighted, {}, ["parts={own: 3}"]).parts == {"own": 3.0}
+
+
+def test_an_override_of_one_entry_leaves_the_others(tmp_path: Path) -> None:
+    assert load(Weighted, {}, ["parts.own=3"]).parts == {"right": 1.0, "form": 0.1, "own": 3.0}
+    (tmp_path / "x.yaml").write_text("parts: {right: 2.0}\noptions: {math: {a: 1}}\n")
+    changed = load(Weighted, tmp_path / "x.yaml", ["parts.own=3", "options.math.b=2", "options.words.c=3"])
+    assert changed.parts == {"right": 2.0, "own": 3.0}
+    assert changed.options == {"math": {"a": 1, "b": 2}, "words": {"c": 3}}
+
+
+def test_a_file_changes_entries_of_the_file_it_is_based_on(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("parts: {right: 2.0}\n")
+    (tmp_path / "above.yaml").write_text("base: below.yaml\nparts: {own: 3}\n")
+    assert load(Weighted, tmp_path / "above.yaml").parts == {"right": 2.0, "own": 3.0}

@@ -70,9 +70,12 @@ class _Overlay:
         return self._entry(spec, lower if isinstance(lower, Mapping) else None, upper, path)
 
     def _leaf(self, spec: FieldSpec, lower: Any, upper: Any, path: Key) -> Any:
+        # A mapping that is written down takes the place of the default one: entries that nobody wrote would be
+        # in it otherwise. `a.b.entry=value` and a file above another one change entries.
+        changes_entries = path in self.origins or len(self.layer.at) > len(path)
         self.origins[path] = self.layer.where(path)
-        if spec.container == "map" and isinstance(lower, Mapping) and isinstance(upper, Mapping):
-            upper = {**lower, **upper}
+        if changes_entries:
+            upper = _laid_over(lower, upper)
         return self._as_written(spec.annotation, upper, path)
 
     def _as_written(self, annotation: Any, value: Any, path: Key) -> Any:
@@ -147,3 +150,10 @@ class _Overlay:
 
     def _wrong(self, path: Key, expected: str, got: object) -> ConfigError:
         return ConfigError(f"{self.layer.where(path)}: {'.'.join(path)}: expected {expected}, got {got!r}.")
+
+
+def _laid_over(lower: Any, upper: Any) -> Any:
+    """Two mappings merged entry by entry, at every depth; anything else is replaced."""
+    if not (isinstance(lower, Mapping) and isinstance(upper, Mapping)):
+        return upper
+    return {**lower, **{key: _laid_over(lower.get(key), value) for key, value in upper.items()}}

@@ -55,10 +55,12 @@ Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.v
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """One source of settings. `lines` and `texts` give, per path, the line it stands on and how a scalar was
-    written; they are empty for mappings that were handed over in Python."""
+    written; they are empty for mappings that were handed over in Python. `at` is the key that an override
+    assigns to, and empty for a file."""
 
     name: str
     tree: Mapping[str, Any]
+    at: Key = ()
     lines: Mapping[Key, int] = field(default_factory=dict)
     texts: Mapping[Key, str] = field(default_factory=dict)
 
@@ -236,7 +238,7 @@ def _assignment(text: str) -> tuple[Key, Layer]:
     tree: Any = value
     for part in reversed(path):
         tree = {part: tree}
-    return path, Layer(name=name, tree=tree, texts=texts)
+    return path, Layer(name=name, tree=tree, at=path, texts=texts)
 
 
 def _parse_value(raw: str, name: str) -> Layer:
