@@ -37,18 +37,8 @@ DEADLINE_S = 1.0
 PER_SECOND = 4.0
 HOSTILE_SHARE = 0.1
 PROCESSES = (2, 8)
-"""The default, and enough that a replacement's start (importing sympy) keeps nobody waiting."""
+"""The default, which grows to as many; and as many from the start."""
 ENDLESS = ("5^{5^{5^{5^{5}}}}", "\\sin(10^{10^{10}})", "2^{-9^{9^{9}}}", "\\sqrt{7^{7^{7^{7}}}}")
-EXPRESSIONS = (
-    ("2\\sqrt{3}", "\\sqrt{12}", "3\\sqrt{2}"),
-    ("\\frac{x+2}{7}", "\\frac{x}{7}+\\frac{2}{7}", "\\frac{x+7}{2}"),
-    ("x^2+2x+1", "(x+1)^2", "(x-1)^2"),
-    ("\\{1,2,3\\}", "\\{3,2,1\\}", "\\{1,2\\}"),
-    ("[0,1)", "[0, 1)", "(0,1)"),
-    ("\\frac{\\pi}{4}", "\\pi/4", "\\pi/2"),
-    ("(3,\\frac{\\pi}{2})", "\\left(3, \\frac{\\pi}{2}\\right)", "(3,\\pi)"),
-    ("x > 5", "5 < x", "x < 5"),
-)
 THINKING = (
     "Let us count the ways first. There are $n$ of them for the first place, and $n-1$ for the second. Wait, that "
     "counts every pair twice, so we divide by two. With $n = 12$ this gives $\\frac{12 \\cdot 11}{2} = 66$. "
@@ -68,6 +58,27 @@ def completion(answer: str) -> str:
     return f"<think>{THINKING}</think>\n<answer>The answer is $\\boxed{{{answer}}}$.</answer>"
 
 
+def expression(kind: int, rng: random.Random) -> tuple[str, str, str]:
+    """Expected, equal and different. Numbers are drawn, because prompts of a data set differ: sympy remembers what it
+    has simplified, and a handful of expressions would be looked up from the second time on."""
+    a, b = rng.sample(range(2, 99), 2)
+    low, high = sorted((a, b))
+    return (
+        (f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{a * a * b}}}", f"{a + 1}\\sqrt{{{b}}}"),
+        (
+            f"\\frac{{x+{a}}}{{{b}}}",
+            f"\\frac{{x}}{{{b}}}+\\frac{{{a}}}{{{b}}}",
+            f"\\frac{{x+{a + 1}}}{{{b}}}",
+        ),
+        (f"x^2+{2 * a}x+{a * a}", f"(x+{a})^2", f"(x-{a})^2"),
+        (f"\\{{1,{low},{high}\\}}", f"\\{{{high},1,{low}\\}}", f"\\{{1,{low}\\}}"),
+        (f"[{low},{high})", f"[{low}, {high})", f"({low},{high})"),
+        (f"\\frac{{\\pi}}{{{a}}}", f"\\pi/{a}", f"\\pi/{a + 1}"),
+        (f"({a},\\frac{{\\pi}}{{{b}}})", f"\\left({a}, \\frac{{\\pi}}{{{b}}}\\right)", f"({a},\\pi)"),
+        (f"x > {a}", f"{a} < x", f"x < {a}"),
+    )[kind % 8]
+
+
 def tasks(n: int, rng: random.Random) -> list[Task]:
     """Half integers, a quarter fractions and decimals, a quarter expressions; three in five completions right."""
     made = []
@@ -77,7 +88,7 @@ def tasks(n: int, rng: random.Random) -> list[Task]:
             (str(number), str(number), str(number + 1)),
             (str(number), f"{number}.0", str(-number - 1)),
             (f"\\frac{{{number}}}{{7}}", f"{number}/7", f"\\frac{{7}}{{{abs(number) + 1}}}"),
-            EXPRESSIONS[index // 4 % len(EXPRESSIONS)],
+            expression(index // 4, rng),
         )[index % 4]
         texts = tuple(completion(right if rng.random() < 0.6 else wrong) for _ in range(GROUP))
         made.append(Task(gold, texts))
@@ -157,7 +168,7 @@ async def waits_ms(
     waits: list[float] = []
 
     async def ask(index: int, hostile: bool) -> None:
-        task = tasks(1 + index % 4, rng)[-1]
+        task = tasks(1 + index % 32, rng)[-1]
         began = time.perf_counter()
         if hostile:
             await pool.judge(request("\\sqrt{2}", 1), (completion(rng.choice(ENDLESS)),))

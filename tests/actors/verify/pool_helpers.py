@@ -46,7 +46,7 @@ async def running(config: VerifyConfig) -> AsyncIterator[ProcessPool]:
         yield pool
     finally:
         await pool.close()
-        assert children() == []
+        assert children() + fork_servers() == []
 
 
 async def judged(
@@ -69,11 +69,20 @@ def with_pool(config: VerifyConfig, body: Callable[[ProcessPool], Awaitable[T]])
 
 
 def children() -> list[int]:
-    """Verifier processes of this process, and what they started."""
+    """Verifier processes of this process."""
+    return _named("verifier")
+
+
+def fork_servers() -> list[int]:
+    """The processes that those are forked from."""
+    return _named("verifier-forks")
+
+
+def _named(name: str) -> list[int]:
     found = []
     for child in psutil.Process(os.getpid()).children(recursive=True):
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and "treadle.actors.verify.child" in child.cmdline():
+            if child.status() != psutil.STATUS_ZOMBIE and child.name() == name:
                 found.append(child.pid)
         except psutil.NoSuchProcess:
             continue
@@ -83,9 +92,9 @@ def children() -> list[int]:
 def assert_no_children() -> None:
     """An actor is killed by a message to its node: its processes go with it, a moment later."""
     deadline = time.monotonic() + 10
-    while children() and time.monotonic() < deadline:
+    while children() + fork_servers() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert children() == []
+    assert children() + fork_servers() == []
 
 
 def statuses(verdicts: tuple[Verdict, ...]) -> list[str]:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.actors.verify.as_nobody import passes_as_nobody
 from tests.actors.verify.hostile_texts import COMPUTE, KINDS, TEXTS
 from tests.actors.verify.pool_helpers import children, judged, running
 
@@ -281,3 +282,10 @@ def test_random_texts_in_the_parser_are_wrong_or_killed() -> None:
     assert {verdict.status.value for verdict in verdicts} <= {"scored", "timed_out"}
     assert all(dict(verdict.parts).get("accuracy", 0.0) == 0.0 for verdict in verdicts)
     assert sum(verdict.status.value == "scored" for verdict in verdicts) > 100
+
+
+@pytest.mark.hostile
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_it_holds_for_a_judge_without_rights() -> None:
+    passes_as_nobody("tests/actors/verify", "test_hostile_text.py", "not judge_without_rights", 500.0)

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.actors.verify.pool_helpers import BARE, children, judged, odd_config, running, statuses, with_pool
+from tests.actors.verify.pool_helpers import (
+    BARE,
+    children,
+    fork_servers,
+    judged,
+    odd_config,
+    running,
+    statuses,
+    with_pool,
+)
 
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.pool import ProcessPool
@@ -227,6 +236,46 @@ def test_a_process_stopped_between_batches_costs_only_time(monkeypatch: pytest.M
         return await judged(pool, "ok", "x" * 3_000_000, "ok")
 
     assert statuses(with_pool(odd_config(), body)) == ["scored", "failed", "scored"]
+
+
+def test_a_fork_server_killed_in_mid_judgement_takes_its_processes_along_and_is_replaced() -> None:
+    async def body(pool: ProcessPool) -> tuple[tuple[Verdict, ...], list[int], list[int]]:
+        await judged(pool, "ok")
+        waiting = asyncio.create_task(judged(pool, "ok", "sleep 0.6", "ok"))
+        await asyncio.sleep(0.3)
+        before = fork_servers()
+        os.kill(before[0], signal.SIGKILL)
+        return await waiting, before, fork_servers()
+
+    verdicts, before, after = with_pool(odd_config(deadline_s=5.0), body)
+    assert statuses(verdicts) == ["scored", "scored", "scored"]
+    assert len(before) == len(after) == 1
+    assert before != after
+
+
+def test_a_fork_server_that_hangs_is_replaced_within_the_startup_deadline() -> None:
+    async def body(pool: ProcessPool) -> tuple[Verdict, ...]:
+        await judged(pool, "ok")
+        os.kill(fork_servers()[0], signal.SIGSTOP)
+        os.kill(children()[0], signal.SIGKILL)
+        return await judged(pool, "ok", "ok")
+
+    assert statuses(with_pool(odd_config(startup_deadline_s=1.0), body)) == ["scored", "scored"]
+
+
+def test_a_process_that_replaces_another_has_its_verifier_built() -> None:
+    async def body(pool: ProcessPool) -> list[tuple[Verdict, ...]]:
+        found = []
+        for _ in range(2):
+            found.append(await judged(pool, "\\boxed{2}", verifier="math", answer="2"))
+            (pid,) = children()
+            cpu = psutil.Process(pid).cpu_times()
+            assert cpu.user + cpu.system < 0.5, "sympy alone takes a second"
+            os.kill(pid, signal.SIGKILL)
+        return found
+
+    for (verdict,) in with_pool(odd_config(warm=["math"]), body):
+        assert verdict.reward == 1.0
 
 
 def test_a_sample_whose_process_is_killed_is_judged_once_more(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_the_pool_grows_while_all_processes_are_stuck_and_shrinks_again() -> Non
     config = odd_config(max_processes=3, deadline_s=4.0, queue_age_s=0.2, idle_s=0.5, batch_samples=1)
     quick_s, grown, left = with_pool(config, body)
     assert quick_s < 2.5, "long before a stuck one ends"
-    assert grown == 3
+    assert grown == 3, "two are stuck"
     assert left == 1
 
 
@@ -157,7 +157,8 @@ def test_the_pool_grows_while_all_processes_are_stuck_and_shrinks_again() -> Non
     [
         (LOAD, 2),  # 100 x 10 ms within 0.5 s
         (Load(waiting_samples=100, age_s=0.4, stuck=0, busy=1, service_s=0.01), 1),  # a burst, in time
-        (Load(waiting_samples=0, age_s=0.0, stuck=1, busy=1, service_s=0.01), 1),
+        (Load(waiting_samples=0, age_s=0.0, stuck=1, busy=1, service_s=0.01), 2),  # one that is not stuck
+        (Load(waiting_samples=1, age_s=0.6, stuck=0, busy=1, service_s=0.01), 2),
         (Load(waiting_samples=1, age_s=0.6, stuck=2, busy=2, service_s=0.01), 3),
         (Load(waiting_samples=10_000, age_s=9.0, stuck=0, busy=4, service_s=0.1), 6),  # the upper bound
     ],

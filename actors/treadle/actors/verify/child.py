@@ -1,17 +1,15 @@
-"""The process that runs verifiers: `python -m treadle.actors.verify.child PARENT_PID PROGRESS_FD`.
+"""A process that runs verifiers, from the inside.
 
-It is killed without warning when a completion takes too long, so it keeps nothing that matters. It imports
-neither numpy nor ray nor torch: starting one costs a tenth of a second, because one is started per kill.
+It is killed without warning when a completion takes too long, so it keeps nothing that matters. It imports neither
+numpy nor ray nor torch, and is forked from one that does not either (`fork_server`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import os
 import resource
 import signal
-import sys
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -27,25 +25,9 @@ RETIRED = 75
 FLUSH_AFTER_S = 0.005
 """Finished scores wait this long for company: fast batches answer in one frame, slow ones one by one."""
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _OUTPUT_BYTES = 2**20
 _OPEN_FILES = 64
-
-
-def main() -> None:
-    die_with(int(sys.argv[1]))
-    faulthandler.enable()
-    channel = take_channel()
-    hello = channel.receive()
-    if hello is None:
-        return
-    limit_resources(cast(int, hello["memory_bytes"]))
-    judge = Judge(channel, Progress(int(sys.argv[2])), read_spec(hello))
-    channel.send({"ready": "started"})
-    while (message := channel.receive()) is not None:
-        if "prepare" in message:
-            judge.prepare(str(message["prepare"]))
-        else:
-            judge.judge(message)
 
 
 def die_with(parent: int) -> None:
@@ -55,13 +37,9 @@ def die_with(parent: int) -> None:
         os._exit(0)
 
 
-def take_channel() -> Channel:
-    """Moves the socket away from standard input, so that a verifier that reads or prints cannot touch it."""
-    fd = os.dup(0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    return Channel(fd)
+def name_process(name: str) -> None:
+    """What `ps` and `top` show: at most 15 characters."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def limit_resources(memory_bytes: int) -> None:
@@ -83,29 +61,36 @@ def limit_resources(memory_bytes: int) -> None:
         return  # the kernel's choice of a victim is then its own
 
 
-def read_spec(hello: dict[str, Json]) -> ScoringSpec:
-    return ScoringSpec(
-        parts=cast("dict[str, float]", hello["parts"]),
-        eos=cast(str, hello["eos"]),
-        think_opened=cast(bool, hello["think_opened"]),
-        custom=cast("dict[str, str]", hello["custom"]),
-        options=cast("dict[str, dict[str, object]]", hello["options"]),
-    )
-
-
 class Judge:
     """Scores batches and reports a row per sample: index, parts, wall seconds, detail (empty when scored)."""
 
-    def __init__(self, channel: Channel, progress: Progress, spec: ScoringSpec) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        progress: Progress,
+        spec: ScoringSpec,
+        verifiers: dict[str, CompositeVerifier],
+    ) -> None:
         self._channel = channel
         self._progress = progress
         self._spec = spec
-        self._verifiers: dict[str, CompositeVerifier] = {}
+        self._verifiers = verifiers
+
+    def serve(self) -> None:
+        """Until the pool closes its end."""
+        self._channel.send({"ready": "started"})
+        while (message := self._channel.receive()) is not None:
+            if "prepare" in message:
+                self.prepare(str(message["prepare"]))
+            else:
+                self.judge(message)
 
     def prepare(self, name: str) -> None:
-        """Builds a verifier, imports included, and answers with its version."""
+        """Builds a verifier, unless the fork brought it along, and answers with its version."""
         try:
-            verifier = self._verifiers[name] = make_composite(name, self._spec)
+            if name not in self._verifiers:
+                self._verifiers[name] = make_composite(name, self._spec)
+            verifier = self._verifiers[name]
         except Exception as error:  # noqa: BLE001  whatever a factory raises is answered, not died of
             self._channel.send({"error": describe(error)})
         else:
@@ -157,7 +142,3 @@ class Judge:
 def describe(error: Exception) -> str:
     """Type and message; never empty, because an empty detail means scored."""
     return f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARACTERS]
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,8 @@ HEADER = struct.Struct(">I")
 MAX_REPLY_BYTES = 2**20
 """A process that announces more is broken."""
 MAX_DETAIL_CHARACTERS = 500
+MAX_PACKET_BYTES = 2**17
+"""What goes to a fork server and back at a time; below the default buffer of a socket."""
 _BEGAN_S = struct.Struct("=d")
 _INDEX = struct.Struct("=q")
 _STOP = struct.Struct("=q")

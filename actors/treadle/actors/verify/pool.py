@@ -12,9 +12,9 @@ from treadle.actors.verify.asked import JudgeRequest
 from treadle.actors.verify.cache import VerdictCache, sample_key, task_key
 from treadle.actors.verify.composite import ScoringSpec
 from treadle.actors.verify.config import VerifyConfig
+from treadle.actors.verify.forking import ChildError, ForkServer
 from treadle.actors.verify.frames import encode
 from treadle.actors.verify.jobs import Job, JobQueue, Piece, merged
-from treadle.actors.verify.process import ChildError
 from treadle.actors.verify.runner import Batch, Limits, Runner
 from treadle.actors.verify.scaling import Load, wanted_processes
 from treadle.actors.verify.verdicts import VerdictCounter, VerifyStats, unscored
@@ -43,7 +43,9 @@ class _Worker:
         self._pool = pool
 
     def wanted(self) -> bool:
-        self.stuck = True
+        if not self.stuck:
+            self.stuck = True
+            self._pool.grow()
         return self._pool.has_room()
 
     def take(self, positions: Sequence[int]) -> None:
@@ -60,7 +62,7 @@ class ProcessPool:
 
     def __init__(self, config: VerifyConfig) -> None:
         self._config = config
-        self._spec = ScoringSpec(
+        spec = ScoringSpec(
             parts=dict(config.parts),
             eos=config.eos,
             think_opened=config.think_opened,
@@ -70,10 +72,11 @@ class ProcessPool:
         self._limits = Limits(
             deadline_s=config.deadline_s,
             startup_deadline_s=config.startup_deadline_s,
-            memory_bytes=config.memory_bytes,
             deadlines_s=config.deadlines_s(),
             pins=dict(config.pins),
-            pass_environment=tuple(config.pass_environment),
+        )
+        self._forks = ForkServer(
+            spec, config.memory_bytes, config.startup_deadline_s, config.pass_environment
         )
         self._queue = JobQueue(config.queue_batches, config.caps())
         self._cache = VerdictCache(config.cache_entries)
@@ -86,12 +89,13 @@ class ProcessPool:
     async def start(self) -> None:
         """Starts the processes and builds the warm verifiers. Raises `VerifierError` when they cannot be, or are not
         of the pinned versions."""
-        runners = [Runner(self._spec, self._limits) for _ in range(self._config.processes)]
+        runners = [self._runner() for _ in range(self._config.processes)]
         results = await asyncio.gather(*map(self._warm, runners), return_exceptions=True)
         broken = [result for result in results if isinstance(result, BaseException)]
         if broken:
             for runner in runners:
                 await runner.drop()
+            await self._forks.close()
             detail = broken[0].detail if isinstance(broken[0], ChildError) else repr(broken[0])
             raise VerifierError(
                 f"verify, start: {detail.rstrip('.')}.",
@@ -149,12 +153,27 @@ class ProcessPool:
         # Not in the workers: one that is cancelled before its first step runs no cleanup.
         for worker in workers:
             await worker.runner.drop()
+        await self._forks.close()
         self._queue.close()
 
     def has_room(self) -> bool:
         """Whether another process is idle, or may be started."""
         idle = any(worker.since_s is None for worker in self._workers)
         return idle or len(self._workers) < self._config.most_processes
+
+    def grow(self) -> None:
+        """Starts the processes that are missing now."""
+        config = self._config
+        load = Load(
+            waiting_samples=self._queue.samples,
+            age_s=self._queue.age_s,
+            stuck=sum(worker.stuck for worker in self._workers),
+            busy=sum(worker.since_s is not None for worker in self._workers),
+            service_s=self._counter.stats().p50_s or _FIRST_GUESS_S,
+        )
+        wanted = wanted_processes(load, config.processes, config.most_processes, config.queue_age_s)
+        for _ in range(wanted - len(self._workers)):
+            self._employ(self._runner())
 
     def move(self, owners: Sequence[tuple[Job, int]]) -> None:
         """Puts samples whose process is stuck in front of the queue."""
@@ -186,7 +205,12 @@ class ProcessPool:
         size = self._config.batch_samples
         return [tuple(indices[begin : begin + size]) for begin in range(0, len(indices), size)]
 
+    def _runner(self) -> Runner:
+        return Runner(self._config.parts, self._limits, self._forks)
+
     async def _warm(self, runner: Runner) -> None:
+        for name in self._config.warm:  # before the fork, so that the process comes with them
+            await self._forks.load(name)
         await runner.ready()
         for name in self._config.warm:
             await runner.ready(name)
@@ -197,6 +221,7 @@ class ProcessPool:
         worker.task = asyncio.create_task(self._work(worker))
 
     async def _work(self, worker: _Worker) -> None:
+        await self._prepare(worker.runner, *self._config.warm)
         while True:
             pieces = await self._queue.take(self._config.batch_samples, len(self._workers))
             worker.since_s = monotonic()
@@ -228,13 +253,13 @@ class ProcessPool:
             if (key := job.keys.get(index)) is not None:
                 self._cache.put(key, verdict)
             job.give(index, verdict)
-        await self._recover(worker.runner, batch.verifier)
+        await self._prepare(worker.runner, batch.verifier)
 
-    async def _recover(self, runner: Runner, verifier: str) -> None:
-        """Replaces a killed process before the next batch comes; one that cannot start is the next batch's
-        verdict."""
+    async def _prepare(self, runner: Runner, *verifiers: str) -> None:
+        """Has a process ready before the next batch comes; one that cannot start is the next batch's verdict."""
         try:
-            await runner.ready(verifier)
+            for name in verifiers or ("",):
+                await runner.ready(name)
         except ChildError as error:
             _LOG.warning("verify: %s", error.detail)
 
@@ -242,20 +267,10 @@ class ProcessPool:
         """Starts processes while the queue is old, and ends those that have had nothing to do for a while."""
         while True:
             await asyncio.sleep(_TICK_S)
-            config, now_s = self._config, monotonic()
-            stats = self._counter.stats()
-            load = Load(
-                waiting_samples=self._queue.samples,
-                age_s=self._queue.age_s,
-                stuck=sum(worker.stuck for worker in self._workers),
-                busy=sum(worker.since_s is not None for worker in self._workers),
-                service_s=stats.p50_s or _FIRST_GUESS_S,
-            )
-            wanted = wanted_processes(load, config.processes, config.most_processes, config.queue_age_s)
-            for _ in range(wanted - len(self._workers)):
-                self._employ(Runner(self._spec, self._limits))
-            spare = [w for w in self._workers if w.since_s is None and now_s - w.idle_since_s > config.idle_s]
-            for worker in spare[: max(0, len(self._workers) - config.processes)]:
+            self.grow()
+            idle_s = self._config.idle_s
+            spare = [w for w in self._workers if w.since_s is None and monotonic() - w.idle_since_s > idle_s]
+            for worker in spare[: max(0, len(self._workers) - self._config.processes)]:
                 await self._dismiss(worker)
 
     async def _dismiss(self, worker: _Worker) -> None:

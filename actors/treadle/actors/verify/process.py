@@ -11,19 +11,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
-from treadle.actors.verify.composite import ScoringSpec
+from treadle.actors.verify.forking import REAP_S, ChildError, Forked, ForkServer, last_line
 from treadle.actors.verify.frames import HEADER, MAX_REPLY_BYTES, Progress, encode
-from treadle.platform.failpoints import ENV, ENV_FILE, ENV_ONCE
 
 if TYPE_CHECKING:
     from treadle.platform.records import Json
@@ -32,9 +28,7 @@ PICKUP_S = 5.0
 """A process that has not begun a batch by then is stopped or broken; no sample is to blame."""
 SETTLE_S = 0.02
 """Before a kill, time for an answer that has already arrived to be read."""
-REAP_S = 2.0
 _STUCK_NICENESS = 10
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "VIRTUAL_ENV")
 
 
 class Ending(Enum):
@@ -88,15 +82,6 @@ class Built:
     deterministic: bool = False
 
 
-class ChildError(Exception):
-    """A process that does not start, or cannot build a verifier. `fatal`: the process is gone."""
-
-    def __init__(self, detail: str, fatal: bool) -> None:
-        super().__init__(detail, fatal)
-        self.detail = detail
-        self.fatal = fatal
-
-
 class Child:
     """One incarnation of the process. One batch at a time.
 
@@ -106,12 +91,12 @@ class Child:
 
     def __init__(
         self,
-        popen: subprocess.Popen[bytes],
+        forked: Forked,
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         progress: Progress,
         output: IO[bytes],
     ) -> None:
-        self._popen = popen
+        self._forked = forked
         self._reader, self._writer = streams
         self._progress = progress
         self._output = output
@@ -122,40 +107,32 @@ class Child:
 
     @property
     def pid(self) -> int:
-        return self._popen.pid
+        return self._forked.pid
 
     @classmethod
-    async def start(
-        cls,
-        spec: ScoringSpec,
-        memory_bytes: int,
-        startup_deadline_s: float,
-        pass_environment: Sequence[str] = (),
-    ) -> Child:
+    async def start(cls, forks: ForkServer, startup_deadline_s: float) -> Child:
         """Starts the process and waits until it listens. Raises `ChildError`."""
         ours, theirs = socket.socketpair()
         progress, fd = Progress.create()
         output = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         try:
-            popen = _spawn(theirs, fd, output, minimal_environment(pass_environment))
-        except OSError as error:
+            forked = await forks.fork(theirs.fileno(), fd, output.fileno())
+        except BaseException:  # no process: it could not be started, or nobody waits for it any more
             ours.close()
             progress.close()
             output.close()
-            raise ChildError(f"no process could be started: {error}", fatal=True) from error
+            raise
         finally:
             theirs.close()
             os.close(fd)
         try:
-            streams = await asyncio.open_unix_connection(sock=ours)
+            child = cls(forked, await asyncio.open_unix_connection(sock=ours), progress, output)
         except BaseException:  # cancelled
-            os.killpg(popen.pid, signal.SIGKILL)
-            popen.wait()
+            forked.kill()
+            await forked.reap()
             raise
-        child = cls(popen, streams, progress, output)
-        hello: dict[str, Json] = {"memory_bytes": memory_bytes}
         try:
-            await child._ask({**hello, **asdict(spec)}, startup_deadline_s, "start")
+            await child._answer(startup_deadline_s, "start")
         except BaseException:  # a cancelled start must not leave a process behind
             child.kill()
             await child.reap()
@@ -252,29 +229,26 @@ class Child:
         """How the process ended, and the last line it printed."""
         self.kill()
         await self.reap()
-        code = self._popen.returncode
+        code = self._forked.status
         if code is None:
-            ended = "does not end after SIGKILL"
+            ended = f"does not end within {REAP_S:g} s after SIGKILL, or its parent has ended"
         elif code < 0:
             ended = f"was killed by {signal.Signals(-code).name}"
         else:
             ended = f"ended with status {code}"
-        lines = self._tail().strip().splitlines()
-        return f"the process {ended}" + (f": {lines[-1][-200:]}" if lines else "")
+        line = last_line(self._output)
+        return f"the process {ended}" + (f": {line}" if line else "")
 
     def kill(self) -> None:
         """Ends the process and all it started; does not wait."""
         if not self._killed:
             self._killed = True
-            with suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
+            self._forked.kill()
             self._writer.close()
 
     async def reap(self) -> None:
-        """Collects the ended process; gives up after `REAP_S` (a process in an uninterruptible call)."""
-        until_s = monotonic() + REAP_S
-        while self._popen.poll() is None and monotonic() < until_s:
-            await asyncio.sleep(0.002)
+        """Collects the ended process."""
+        await self._forked.reap()
 
     def close(self) -> None:
         """Frees what belongs to an ended process."""
@@ -283,6 +257,9 @@ class Child:
 
     async def _ask(self, message: dict[str, Json], deadline_s: float, doing: str) -> dict[str, Json]:
         self._writer.write(encode(message))
+        return await self._answer(deadline_s, doing)
+
+    async def _answer(self, deadline_s: float, doing: str) -> dict[str, Json]:
         try:
             async with asyncio.timeout(deadline_s):
                 answer = await self._read()
@@ -333,38 +310,6 @@ class Child:
             self.kill()
         wall_s = monotonic() - began_s if blamed is not None else 0.0
         return Outcome(rows=tuple(rows), ending=ending, blamed=blamed, blamed_wall_s=wall_s, detail=detail)
-
-    def _tail(self) -> str:
-        size = os.fstat(self._output.fileno()).st_size
-        # pread: the offset of this file is shared with the process
-        return os.pread(self._output.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
-
-
-def _spawn(
-    socket_: socket.socket, progress_fd: int, output: IO[bytes], environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    """No `preexec_fn`: it would fork the whole actor instead of using vfork. The process limits itself."""
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "treadle.actors.verify.child", str(os.getpid()), str(progress_fd)],
-        stdin=socket_.fileno(),
-        stdout=output,
-        stderr=output,
-        pass_fds=(progress_fd,),
-        start_new_session=True,
-        cwd="/",
-        env=environment,
-    )
-
-
-def minimal_environment(extra: Sequence[str] = ()) -> dict[str, str]:
-    """No credentials but those named: a completion may try to have them printed. The import path is this process's
-    own."""
-    kept = {name: os.environ[name] for name in (*_KEPT_VARIABLES, *extra) if name in os.environ}
-    for name in (ENV, ENV_FILE, ENV_ONCE):
-        if value := os.environ.get(name):
-            kept[name] = value if name == ENV else os.path.abspath(value)
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-    return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _lateness(ending: Ending, deadline_s: float) -> str:

@@ -31,6 +31,9 @@ FORM: tuple[str, ...] = ("format", "language", "repetition", "reflection")
 """Verifiers that look at a completion's form and not at its answer. Each returns one part, of its own name, and runs
 on every completion where `verify.parts` lists it."""
 
+FORKABLE = frozenset({"exact", "numeric", "countdown", "math", *FORM})
+"""Verifiers that hold no process, thread or socket, so that a built one survives a fork. Those of users may."""
+
 DEADLINES_S: Mapping[str, float] = {"code": 30.0, "judge": 30.0}
 """Deadlines of verifiers that compile, run or ask somebody; all others have `verify.deadline_s`."""
 

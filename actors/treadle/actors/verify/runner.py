@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from treadle.actors.verify.composite import ScoringSpec
-from treadle.actors.verify.process import Built, Child, ChildError, Ending, Outcome, Overflow, Row
+from treadle.actors.verify.forking import ChildError, ForkServer
+from treadle.actors.verify.process import Built, Child, Ending, Outcome, Overflow, Row
 from treadle.actors.verify.verdicts import scored, unscored
 from treadle.platform.records import Verdict, VerdictStatus
 
@@ -35,15 +35,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a process may use up, and which versions of verifiers it must find. `deadlines_s` are those of single
+    """How long a process may take, and which versions of verifiers it must find. `deadlines_s` are those of single
     verifiers."""
 
     deadline_s: float
     startup_deadline_s: float
-    memory_bytes: int
     deadlines_s: Mapping[str, float] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)
-    pass_environment: tuple[str, ...] = ()
 
     def deadline_of(self, verifier: str) -> float:
         """Seconds for one completion."""
@@ -63,9 +61,10 @@ class Runner:
     behind either are judged as if nothing had been.
     """
 
-    def __init__(self, spec: ScoringSpec, limits: Limits) -> None:
-        self._spec = spec
+    def __init__(self, weights: Mapping[str, float], limits: Limits, forks: ForkServer) -> None:
+        self._weights = weights
         self._limits = limits
+        self._forks = forks
         self._child: Child | None = None
         self.starts = 0
         self.deterministic: set[str] = set()  # verifiers whose verdicts may be used again
@@ -93,11 +92,9 @@ class Runner:
     async def ready(self, verifier: str = "") -> Built:
         """A living process that has built the verifier (if one is named). Raises `ChildError`."""
         if self._child is None:
-            limits = self._limits
             self.starts += 1
-            self._child = await Child.start(
-                self._spec, limits.memory_bytes, limits.startup_deadline_s, limits.pass_environment
-            )
+            await self._forks.load(verifier)
+            self._child = await Child.start(self._forks, self._limits.startup_deadline_s)
         try:
             if not verifier:
                 return Built()
@@ -142,7 +139,7 @@ class Runner:
         except BaseException:  # cancelled in mid-conversation: what the process says next would be misread
             await self.drop()
             raise
-        verdicts = {rest[row.index]: _verdict(row, version, self._spec.parts) for row in outcome.rows}
+        verdicts = {rest[row.index]: _verdict(row, version, self._weights) for row in outcome.rows}
         if outcome.blamed is not None:
             blamed = rest[outcome.blamed]
             if outcome.ending is Ending.DIED and blamed not in died:

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.actors.verify.as_nobody import passes_as_nobody
 from tests.actors.verify.programs.attempts import ATTEMPTS, PRELUDE, Target, opened_target
 from tests.actors.verify.programs.exhaustion import COMPILE_BOMBS, EXHAUSTIONS
 from tests.actors.verify.programs.forgeries import FORGERIES, NODE_FORGERIES
@@ -26,10 +23,7 @@ from treadle.actors.verify.programs.tiers import make_local, probed
 from treadle.platform.errors import DataError
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[4]
-HERE = Path(__file__).parent.relative_to(ROOT)
 NOBODY_S = 800.0
-MARKERS = "slow: takes more than 30 s\nhostile: the long part"
 DAILY_EXHAUSTIONS = {
     *(
         "an endless loop",
@@ -196,48 +190,5 @@ if os.fork() == 0:
     ],
 )
 def test_it_holds_for_a_judge_without_rights(chosen: str) -> None:
-    """These tests and the sandbox's own by the user `nobody`, whose programs then run as nobody too, under the system's
-    interpreter: nobody may not read a root's own."""
-    python = shutil.which("python3", path="/usr/bin")
-    if python is None or f"python{sys.version_info[0]}.{sys.version_info[1]}" not in os.path.realpath(python):
-        pytest.skip("the system has no interpreter of our version")
-    with tempfile.TemporaryDirectory(prefix="treadle-nobody-") as folder:
-        os.chmod(folder, 0o777)
-        home = Path(shutil.copytree(ROOT, f"{folder}/tree", ignore=_only_what_it_takes))
-        packages = [path for path in sys.path if path.endswith("site-packages")]
-        ended = subprocess.run(
-            [
-                *(
-                    "setpriv",
-                    "--reuid=65534",
-                    "--regid=65534",
-                    "--clear-groups",
-                    python,
-                    "-m",
-                    "pytest",
-                    "-q",
-                ),
-                *("-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={home}", "-c", os.devnull),
-                *(f"--basetemp={folder}/pytest", "-o", "timeout=300", "-o", f"markers={MARKERS}"),
-                *("-k", chosen, *map(str, home.glob(f"{HERE}/test_programs_[hs]*.py"))),
-            ],
-            cwd=home,
-            env={
-                "PATH": "/usr/bin:/bin",
-                "HOME": folder,
-                "PYTHONPATH": os.pathsep.join([f"{home}/platform", f"{home}/actors", str(home), *packages]),
-            },
-            capture_output=True,
-            text=True,
-            timeout=NOBODY_S,
-            check=False,
-        )
-    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
-    assert " passed" in ended.stdout
-
-
-def _only_what_it_takes(folder: str, names: list[str]) -> set[str]:
-    """What the copy leaves out: it takes our own sources of two floors, and tests."""
-    if Path(folder) == ROOT:
-        return set(names) - {"platform", "actors", "tests"}
-    return {"__pycache__"}
+    """These tests and the sandbox's own: programs then run as nobody too."""
+    passes_as_nobody("tests/actors/verify/programs", "test_programs_[hs]*.py", chosen, NOBODY_S)
