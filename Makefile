@@ -27,7 +27,7 @@ PARTS := kills runs cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
 	$(MAKE) --no-print-directory -k -j2 -Otarget $(PARTS:%=test-%)
 
-test-kills: TESTS := e2e/test_kill_and_resume.py e2e/test_verifier_faults.py
+test-kills: TESTS := e2e/test_kill_and_resume.py
 test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk)
 test-plain: TESTS := actors/test_mail.py platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py
@@ -35,7 +35,7 @@ test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py c
 test-rollout: TESTS := actors/rollout contracts/test_engine_contract.py contracts/test_rollouts_contract.py
 test-learner: TESTS := actors/learner contracts/test_learner_contract.py
 test-backends: TESTS := contracts/test_learner_backend_contract.py
-test-cluster: TESTS := cluster
+test-cluster: TESTS := cluster e2e/test_verifier_faults.py e2e/test_recovery.py
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 

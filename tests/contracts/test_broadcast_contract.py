@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.probe import Probe, probe_sequences
 from treadle.platform.contracts import Broadcast
-from treadle.platform.errors import BroadcastError, DeadlineError, MismatchError
+from treadle.platform.errors import BroadcastError, MismatchError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.metric_names import MISMATCH_MAX
 from treadle.platform.records import WeightManifest, WeightVersion
@@ -213,6 +214,36 @@ def test_no_engine_a_dead_rank_and_a_dead_coordinator_are_errors(ray_session: No
     ray.kill(loom.ranks[0])
 
 
+@pytest.mark.parametrize(
+    "point", ["broadcast.before_publish", "broadcast.between_phases", "broadcast.after_flip"]
+)
+def test_a_coordinator_that_dies_is_replaced_and_the_version_published_once_more(
+    ray_session: None, tmp_path: Path, point: str
+) -> None:
+    loom = Loom()
+    env = {"TREADLE_FAILPOINTS": f"{point}=kill@2", "TREADLE_FAILPOINTS_ONCE": str(tmp_path)}
+
+    def launch() -> Any:
+        doomed = CoordinatorActor.options(runtime_env={"env_vars": env})
+        return doomed.remote(CONFIG, loom.ranks, loom.engines)
+
+    client = Broadcaster(launch(), CONFIG, launch=launch)
+
+    async def scenario() -> None:
+        for step in (1, 2, 3):
+            report = await client.publish(step)
+            assert report.adopted == ("rollout-0", "rollout-1")
+            for name in loom.engines:
+                version, mixture = loom.serves(name)
+                assert (version, mixture) == (step, {step})
+
+    asyncio.run(scenario())
+    assert client.restarts == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    client.close()
+    loom.close()
+
+
 def test_a_coordinator_that_does_not_answer_is_given_up(ray_session: None) -> None:
     @ray.remote(num_cpus=0)
     class Frozen:
@@ -226,7 +257,7 @@ def test_a_coordinator_that_does_not_answer_is_given_up(ray_session: None) -> No
     frozen = Frozen.remote()
     client = Broadcaster(frozen, config)
     start = time.monotonic()
-    with pytest.raises(DeadlineError, match="did not answer within"):
+    with pytest.raises(BroadcastError, match="did not answer within"):
         asyncio.run(client.publish(1))
     assert time.monotonic() - start < 60
     ray.kill(frozen)

@@ -25,6 +25,8 @@ REPORT_FILE = "report.html"
 CHAINS_SHOWN = 10
 ROLLOUTS_SHOWN = 8
 FAILURES_SHOWN = 50
+_WORDS = {"failure": "failure", "skipped": "step skipped", "recovery": "mended"}
+"""Events that the table of failures lists, and what it calls them."""
 ACCENTS = 6
 """Stage colours in the style sheet; a seventh stage starts over."""
 
@@ -208,7 +210,7 @@ def _samples(summary: Mapping[str, Json]) -> list[tuple[str, str]]:
 
 
 def _failure_events(events: Sequence[EventRow]) -> list[EventRow]:
-    return [event for event in events if event.kind in ("failure", "skipped")]
+    return [event for event in events if event.kind in _WORDS]
 
 
 def _failures(events: Sequence[EventRow]) -> list[dict[str, str]]:
@@ -223,7 +225,7 @@ def _failures(events: Sequence[EventRow]) -> list[dict[str, str]]:
             {
                 "at": duration(event.time - begun),
                 "stage": event.stage or "–",
-                "what": "step skipped" if event.kind == "skipped" else str(role or "failure"),
+                "what": str(role or _WORDS[event.kind]),
                 "phase": str(phase),
                 "message": str(message),
                 "rest": ", ".join(f"{key} {value}" for key, value in fields.items()),

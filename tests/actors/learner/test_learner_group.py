@@ -249,6 +249,27 @@ def test_a_rank_killed_within_a_step_is_named_in_bounded_time_and_the_group_can_
     assert again.metrics["policy/loss"] == expected.metrics["policy/loss"]
 
 
+def test_a_frozen_rank_is_told_from_a_slow_one(group: LearnerGroup, folder: str) -> None:
+    wait(group.setup(spec(folder)))
+    assert wait(group.examine()) == ""
+    before = group._config
+    group._config = GroupConfig(ranks=2, heartbeat_s=0.2, silence_deadline_s=2.0)
+    victim = pid_of(ray.get(group.ranks[1].phase.remote()))
+    os.kill(victim, signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        with pytest.raises(LearnerError, match=r"learner.step 1.*rank 1 has been silent for 2 s") as error:
+            wait(group.step(batch(1)))
+    finally:
+        os.kill(victim, signal.SIGCONT)
+        group._config = before
+    assert time.monotonic() - start < 30
+    assert "rank 0: waiting for the other ranks" in str(error.value), "who waits for it"
+    assert "silent" in wait(group.examine())
+    wait(group.start())
+    assert wait(group.examine()) == ""
+
+
 def test_a_rank_that_hangs_passes_the_deadline_with_every_ranks_phase(
     group: LearnerGroup, folder: str
 ) -> None:

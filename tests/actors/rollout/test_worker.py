@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,25 @@ def test_draws_run_side_by_side_and_an_issue_in_flight_is_joined() -> None:
         assert engines[0].steps <= 21
 
     with_worker(0.002, use)
+
+
+def test_an_issue_left_over_from_before_a_rollback_is_not_joined() -> None:
+    """The run went back to a commit while the group was being drawn: it comes again, for other weights."""
+
+    async def use(worker: RolloutWorker, engines: list[FakeEngine]) -> None:
+        old = issue("a", group_size=3, max_new_tokens=40)
+        left_over = asyncio.create_task(worker.draw(old, 0))
+        while not engines[0].steps:
+            await asyncio.sleep(0.002)
+        manifest, buckets = pack(weights_of(3.0).items(), 1, 1 << 20)
+        await worker.stage(manifest, buckets)
+        await worker.flip(manifest.version)
+        summary, _, _ = await worker.draw(replace(old, version=manifest.version), 1)
+        assert left_over.done()
+        assert summary.oldest.step == summary.newest.step == 1
+        assert (await left_over)[0].oldest.step == 0
+
+    with_worker(0.005, use)
 
 
 def test_weights_are_staged_while_drawing_and_adopted_between_steps() -> None:

@@ -149,13 +149,24 @@ class Crew:
     async def set_broadcast(self, model: str) -> None:
         """A coordinator for the stage, as the only publisher, with a probe that fits the model's vocabulary."""
         if self._broadcast is None:
-            coordinator = start_coordinator(
-                self._recipe.broadcast, self._learner.ranks, _actors(self._rollouts.workers)
-            )
-            self._broadcast = Broadcaster(coordinator, self._recipe.broadcast)
+            launch = self._launch_coordinator
+            self._broadcast = Broadcaster(launch(), self._recipe.broadcast, launch=launch)
             self._rollouts.catch_up = self._catch_up
         self._broadcast.probe = self._probe(model)
         await self._broadcast.register()
+
+    async def broken(self) -> frozenset[str]:
+        """Roles that only a replacement and a rollback bring back, found by asking them. Rollout workers, verifiers and
+        the coordinator are replaced where they are used."""
+        return frozenset({"learner"} if await self._learner.examine() else ())
+
+    async def replace_broken(self) -> None:
+        """New processes for the broken roles; `set_learner`, `set_engines` and `set_broadcast` give them their work.
+        Raises `LearnerError` or `DeadlineError` if the ranks do not come up."""
+        if self._broadcast is not None:
+            self._broadcast.close()  # it knows the old ranks
+            self._broadcast = None
+        await self._learner.start()
 
     async def close(self) -> None:
         """Ends all role processes and gives their place back."""
@@ -166,6 +177,9 @@ class Crew:
         await self._verifiers.close()
         self._learner.close()
         self._placement.release()
+
+    def _launch_coordinator(self) -> Any:
+        return start_coordinator(self._recipe.broadcast, self._learner.ranks, _actors(self._rollouts.workers))
 
     async def _start_engines(self, model: str) -> None:
         await asyncio.gather(self._rollouts.start(model), self._verifiers.start())

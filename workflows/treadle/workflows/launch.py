@@ -17,6 +17,7 @@ import psutil
 
 from treadle.actors.verify.config import VerifyConfig
 from treadle.cluster.ray_metrics import RayMetrics
+from treadle.cluster.recovery import RecoveryPolicy
 from treadle.cluster.session import open_session
 from treadle.platform.config import flatten
 from treadle.platform.errors import ConfigError, TreadleError
@@ -32,8 +33,8 @@ from treadle.workflows.inputs import StageInputs, build_inputs, stage_inputs
 from treadle.workflows.models import check_model_folder
 from treadle.workflows.outputs import finished, record
 from treadle.workflows.recipe import Recipe
+from treadle.workflows.recovering import play_stage
 from treadle.workflows.run import Run
-from treadle.workflows.stages import run_stage
 from treadle.workflows.summary import summarise
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
     beside it."""
     folder = RunFolder(path)
     async with open_run(recipe, path, quiet=quiet) as run:
+        policy = RecoveryPolicy(recipe.recovery)
         for name, config in recipe.stages.items():
             output = finished(folder, name, run.key(name))
             if output is None:
                 run.entered()
-                output = await run_stage(run, name, config)
+                output = await play_stage(run, name, config, policy)
                 record(folder, output)
             run.outputs[name] = output
         summary = summarise(run)

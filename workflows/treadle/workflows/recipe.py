@@ -11,6 +11,7 @@ from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.learner.config import GroupConfig
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.verify.config import VerifyConfig
+from treadle.cluster.recovery import RecoveryConfig
 from treadle.cluster.session import ClusterConfig
 from treadle.platform.config import load, variant, variant_map, variants
 from treadle.platform.errors import ConfigError
@@ -58,6 +59,7 @@ class Recipe:
     broadcast: BroadcastConfig = field(default_factory=BroadcastConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     stages: dict[str, StageConfig] = variant_map("stage")
 
     def check(self) -> None:

@@ -51,6 +51,8 @@ class Run:
         self.outputs: dict[str, StageOutput] = {}
         self.first_step_s: float | None = None
         self.steps = 0
+        self.recoveries = 0
+        self._journals: dict[str, Journal] = {}
         self._started, self._stage_started = started, started
         self._model = ""
 
@@ -68,6 +70,10 @@ class Run:
         if self.first_step_s is None:
             self.first_step_s = self.wall_s
             self.crew.start_engines(self._model)
+
+    def step_of(self, stage: str) -> int:
+        """Steps that a stage has finished, its commits and those since; 0 before it has begun."""
+        return self._journals[stage].step if stage in self._journals else 0
 
     async def model_folder(self, name: str, config: StageConfig) -> Path:
         """The Hugging Face folder a stage starts from."""
@@ -119,6 +125,7 @@ class Run:
             keeper=keeper,
             weights=self.recipe.verify.parts,
         )
+        self._journals[name] = journal
         try:
             yield journal
         except BaseException:

@@ -18,6 +18,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "weights_digest": trained[-1].digest if trained else "",
         "steps": sum(output.steps for output in trained),
         "wall_s": run.wall_s,
+        "recoveries": run.recoveries,
         "time_to_first_step_s": run.first_step_s,
         "eval": {o.stage: o.evaluation.as_json() for o in trained if o.evaluation is not None},
         "samples": _samples(run),

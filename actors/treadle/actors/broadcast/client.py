@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.probe import Probe
-from treadle.platform.errors import BroadcastError, DeadlineError, TreadleError
+from treadle.platform.errors import BroadcastError, TreadleError
 from treadle.platform.metric_names import MISMATCH_MAX
 from treadle.platform.records import PublishReport, WeightVersion
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class CoordinatorLostError(BroadcastError):
+    """The coordinator died, or does not answer any more."""
 
 
 class Broadcaster:
     """Publishes versions for one stage of one driver.
 
     Example: `broadcast = Broadcaster(coordinator, config, probe)`, then after every learner step
-    `report = await broadcast.publish(step + 1)`. `probe` may be replaced between two stages.
+    `report = await broadcast.publish(step + 1)`. `probe` may be replaced between two stages. `launch` starts another
+    coordinator over the same ranks and the engines of that moment; without it, losing the coordinator is an error.
     """
 
-    def __init__(self, coordinator: Any, config: BroadcastConfig, probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        coordinator: Any,
+        config: BroadcastConfig,
+        probe: Probe | None = None,
+        launch: Callable[[], Any] | None = None,
+    ) -> None:
         self._coordinator = coordinator
+        self._launch = launch
+        self.restarts = 0
         self._config = config
         self.probe = probe
         self._token = 0
@@ -48,14 +64,21 @@ class Broadcaster:
     async def publish(self, step: int) -> PublishReport:
         """Carries version `step` to the engines; compares engines and learner as often as configured.
 
-        Raises `BroadcastError`, `MismatchError` or `DeadlineError`; see `Coordinator.publish` and
+        Engines keep their whole version when a coordinator is lost, and ranks their weights: another one publishes the
+        same version again. Raises `BroadcastError`, `MismatchError` or `DeadlineError`; see `Coordinator.publish` and
         `Probe.compare`.
         """
-        if not self._token:
-            await self.register()
-        report: PublishReport = await self._asked(
-            "publish", self._config.publish_deadline_s, step, self._token
-        )
+        while True:
+            try:
+                report = await self._published_by_coordinator(step)
+                break
+            except CoordinatorLostError as error:
+                if self._launch is None or self.restarts >= self._config.max_restarts:
+                    raise
+                _LOG.warning("broadcast: replacing the coordinator: %s", error)
+                self.close()
+                self._coordinator, self._token = self._launch(), 0
+                self.restarts += 1
         self._version = report.version
         every = self._config.probe_every
         due = self.probe is not None and every > 0 and self._published % every == 0 and report.adopted
@@ -74,6 +97,18 @@ class Broadcaster:
         """The version every engine is known to hold."""
         return await self._asked("held", 30.0)
 
+    def close(self) -> None:
+        """Ends the coordinator's process."""
+        ray.kill(self._coordinator, no_restart=True)
+
+    async def _published_by_coordinator(self, step: int) -> PublishReport:
+        if not self._token:
+            self._token = await self._asked("register", 30.0)
+        report: PublishReport = await self._asked(
+            "publish", self._config.publish_deadline_s, step, self._token
+        )
+        return report
+
     async def _probed(self, report: PublishReport) -> PublishReport:
         assert self.probe is not None
         difference = await self.probe.compare(report.version, report.adopted)
@@ -84,7 +119,7 @@ class Broadcaster:
         try:
             return await asyncio.wait_for(reference, deadline_s)
         except TimeoutError as error:
-            raise DeadlineError(
+            raise CoordinatorLostError(
                 f"broadcast.{method}: the weight coordinator did not answer within {deadline_s:g} s.",
                 "Look for a frozen coordinator, or raise the deadlines under broadcast.",
             ) from error
@@ -95,7 +130,7 @@ class Broadcaster:
                 f"broadcast.{method}: the weight coordinator failed: {error.cause!r}"
             ) from error
         except RayActorError as error:
-            raise BroadcastError(
+            raise CoordinatorLostError(
                 f"broadcast.{method}: the weight coordinator has died ({str(error).splitlines()[0]}).",
                 "Start the run again with `treadle resume`.",
             ) from error

@@ -22,6 +22,8 @@ class BroadcastConfig:
     """For an engine to fetch and check a version, one repetition included; then it is left behind."""
     flip_deadline_s: float = 60.0
     """For an engine to reach the end of a decode step and adopt the version."""
+    max_restarts: int = 3
+    """Coordinators that may be replaced in a stage."""
     probe_every: int = 1
     """Every how many publications engine and learner log-probabilities are compared; 0 never."""
     probe_limit: float = 1e-3
@@ -44,6 +46,8 @@ class BroadcastConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"broadcast.{name}={value} must be positive.", "Choose a larger value.")
+        if self.max_restarts < 0:
+            raise ConfigError(f"broadcast.max_restarts={self.max_restarts} is negative.", "Use 0 for none.")
         if self.probe_every < 0:
             raise ConfigError(f"broadcast.probe_every={self.probe_every} is negative.", "Use 0 for never.")
         if self.probe_every and (self.probe_sequences < 1 or self.probe_tokens < 2):

@@ -37,6 +37,11 @@ class GroupConfig:
     """Longest a step, a save or a load may take, and the time-out of every collective."""
     start_deadline_s: float = 180.0
     """Longest the ranks may take to start, to find each other and to load the model."""
+    heartbeat_s: float = 5.0
+    """How often each rank is asked what it is doing while a call is waited for."""
+    silence_deadline_s: float = 60.0
+    """A rank that does not answer that for so long is frozen, and the group is broken. The thread that answers is not
+    the one that works, so a long step is no silence."""
     cpus: float = 1.0
     """Ray CPUs of a rank."""
     gpus: float = 0.0
@@ -54,7 +59,7 @@ class GroupConfig:
         for name in ("ranks", "max_tokens_per_microbatch", "threads"):
             _at_least(f"learner.{name}", getattr(self, name), 1)
         _at_least("learner.cpus", self.cpus, 0.0)
-        for name in ("step_deadline_s", "start_deadline_s"):
+        for name in ("step_deadline_s", "start_deadline_s", "heartbeat_s", "silence_deadline_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"learner.{name}={getattr(self, name)} must be above 0.")
         if self.zero not in (0, 1, 2, 3):

@@ -22,12 +22,14 @@ from treadle.actors.learner.config import GroupConfig
 from treadle.actors.learner.failures import GRACE_S, RankFailure, diagnose, refused_by_all
 from treadle.actors.learner.figures import RankReport, merge
 from treadle.actors.learner.fresh import ModelShape
+from treadle.actors.learner.heartbeat import listed, phases, silence, unfit
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError, LearnerError
 from treadle.platform.records import Json, RoleSpec, StepBatch, StepReport
 
 T = TypeVar("T")
-PHASE_DEADLINE_S = 3.0
+_UNWATCHED = ("start", "make model")
+"""Calls that begin with the start of a process, which answers nothing until it has imported everything."""
 
 
 class LearnerGroup:
@@ -52,6 +54,12 @@ class LearnerGroup:
     def ranks(self) -> tuple[Any, ...]:
         """The rank actors' handles, rank 0 first; each has `publish(step, outgoing)`."""
         return tuple(self._actors)
+
+    async def examine(self) -> str:
+        """Why the group must be started again, or nothing. Asks the ranks, so no call may be under way."""
+        if not self._broken and (reason := await unfit(self._actors)):
+            self._broken = f"learner: {reason}"
+        return self._broken
 
     async def start(self) -> None:
         """Starts the ranks (again, if they failed) and connects them.
@@ -172,40 +180,41 @@ class LearnerGroup:
         if self._broken:
             raise LearnerError(f"learner.{what}: the group is broken: {self._broken}", "Start it again.")
         tasks = [asyncio.ensure_future(_answer(ref)) for ref in refs]
+        ended = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
+        silent = asyncio.ensure_future(self._silence(what, actors))
         try:
-            done, waiting = await asyncio.wait(
-                tasks, timeout=self._left(deadline), return_when=asyncio.FIRST_EXCEPTION
+            await asyncio.wait(
+                {ended, silent}, timeout=self._left(deadline), return_when=asyncio.FIRST_COMPLETED
             )
-            if any(task.exception() is not None for task in done):
+            if any(task.done() and task.exception() is not None for task in tasks):
                 # The root cause may be a rank that died a moment later than its peers noticed.
                 await asyncio.wait(tasks, timeout=GRACE_S)
                 failures = [_failure(task) for task in tasks]
-                error = diagnose(what, failures, await self._phases(actors))
+                error = diagnose(what, failures, listed(await phases(actors)))
                 # Ranks that all refused the call are in step with each other; any other mixture is not.
                 self._broken = "" if refused_by_all(failures) else error.message
                 raise error
-            if waiting:
+            if silent.done():
+                self._broken = f"learner.{what}: {silent.result()}"
+                raise LearnerError(
+                    f"{self._broken} All: {listed(await phases(actors))}",
+                    "Look at that rank's node and log; learner.silence_deadline_s allows longer silences.",
+                )
+            if not ended.done():
                 late = ", ".join(str(rank) for rank, task in enumerate(tasks) if not task.done())
                 self._broken = f"learner.{what}: rank {late} did not answer in time."
                 raise DeadlineError(
-                    f"{self._broken} {await self._phases(actors)}",
+                    f"{self._broken} {listed(await phases(actors))}",
                     f"Look at the ranks' logs, or raise learner.{_setting(what)}.",
                 )
         finally:
-            for task in tasks:
+            for task in (*tasks, ended, silent):
                 task.cancel()
         return [task.result() for task in tasks]
 
-    async def _phases(self, actors: Sequence[Any]) -> str:
-        """What each rank says it is doing; a dead or frozen one says nothing."""
-        tasks = [asyncio.ensure_future(_answer(actor.phase.remote())) for actor in actors]
-        await asyncio.wait(tasks, timeout=PHASE_DEADLINE_S)
-        said = []
-        for rank, task in enumerate(tasks):
-            answered = task.done() and not task.cancelled() and task.exception() is None
-            said.append(f"rank {rank}: {task.result() if answered else 'no answer'}")
-            task.cancel()
-        return "; ".join(said) + "."
+    async def _silence(self, what: str, actors: Sequence[Any]) -> str:
+        watched = () if what in _UNWATCHED else actors
+        return await silence(watched, self._config.heartbeat_s, self._config.silence_deadline_s)
 
 
 async def _answer(ref: Awaitable[T]) -> T:

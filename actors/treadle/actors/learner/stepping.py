@@ -101,6 +101,7 @@ class Step:
         packed = [pack(part, config.max_tokens_per_microbatch) for part in parts]
         counts = torch.tensor([len(batches) for batches in packed], device=device)
         if dist.is_initialized():
+            self._say("waiting for the other ranks' batches")
             dist.all_reduce(counts, op=dist.ReduceOp.MAX)
         for batches, count in zip(packed, counts.tolist(), strict=True):
             batches.extend(dummy_batch() for _ in range(max(count, 1) - len(batches)))

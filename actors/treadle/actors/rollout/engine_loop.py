@@ -113,17 +113,19 @@ class EngineLoop:
     def draw(self, issue: Issue, min_version_step: int) -> Future[DrawnGroup]:
         """The group of an issue. An issue that is being drawn already is joined, not drawn twice."""
         future: Future[DrawnGroup] = _promise()
+        self._inbox.put(self._admission(issue, min_version_step, future))
+        return future
 
+    def _admission(
+        self, issue: Issue, min_version_step: int, future: Future[DrawnGroup]
+    ) -> Callable[[], None]:
         def act() -> None:
             try:
                 self._admit(issue, min_version_step, future)
-            except RolloutError as error:
-                future.set_exception(error)
-            except DataError as error:
+            except (RolloutError, DataError) as error:
                 future.set_exception(error)
 
-        self._inbox.put(act)
-        return future
+        return act
 
     def close(self) -> None:
         """Ends the thread after its current step."""
@@ -139,6 +141,11 @@ class EngineLoop:
                 "Publish to this worker again.",
             )
         running = self._pending.get(issue.id)
+        if running is not None and running.issue.version != issue.version:
+            # Left over from before the run went back to a commit: nobody waits for it, but the engine has the id.
+            again = self._admission(issue, min_version_step, future)
+            running.future.add_done_callback(lambda _: self._inbox.put(again))
+            return
         if running is not None:
             running.future.add_done_callback(lambda done: _pass_on(done, future))
             return

@@ -1,0 +1,117 @@
+"""What to do about a failure: rules as data, a budget, and nothing that acts.
+
+A broken role is replaced and its stage goes back to the newest commit. An error with no broken role behind it (a bad
+setting, a mismatch, a prompt that does not fit) would only come again, and stops the run. So does a failure that keeps
+coming back at the same step: the step is the cause then, and not the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from treadle.platform.errors import ConfigError, MismatchError, RoleError, TreadleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """`recovery.*`: how often a run may mend itself."""
+
+    max_recoveries: int = 8
+    """Within `window_s`. 0 stops the run at the first failure, to be continued by `treadle resume`."""
+    window_s: float = 3600.0
+    same_step: int = 2
+    """Failures at one step of a stage that are mended; the next one there stops the run."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what cannot work."""
+        if self.max_recoveries < 0 or self.same_step < 1 or not self.window_s > 0:
+            raise ConfigError(
+                f"recovery.max_recoveries={self.max_recoveries} must be >= 0, recovery.same_step={self.same_step} "
+                f">= 1 and recovery.window_s={self.window_s} > 0."
+            )
+
+
+class Action(Enum):
+    """What is done about a failure."""
+
+    ROLL_BACK = "roll back"
+    """Replace the broken roles and continue the stage from its newest commit."""
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What is known when a stage has failed. `step` is the last one it had finished; `broken` are the roles that
+    cannot go on as they are."""
+
+    stage: str
+    step: int
+    error: TreadleError
+    broken: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """`reason` says why, in words for the operator; it is empty for a stop that explains itself."""
+
+    action: Action
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Past:
+    at_s: float
+    stage: str
+    step: int
+    cause: str
+
+
+@dataclass(slots=True)
+class RecoveryPolicy:
+    """Decides, and remembers what it has decided. `clock` is monotonic.
+
+    Example: `RecoveryPolicy(RecoveryConfig()).decide(Failure(stage="rl", step=7, error=LearnerError("rank 1 died"),
+    broken=frozenset({"learner"}))).action` is `Action.ROLL_BACK`.
+    """
+
+    config: RecoveryConfig
+    clock: Callable[[], float] = time.monotonic
+    _past: deque[_Past] = field(default_factory=deque)
+
+    def decide(self, failure: Failure) -> Decision:
+        """Counts the failure, unless it stops the run."""
+        now_s = self.clock()
+        while self._past and now_s - self._past[0].at_s > self.config.window_s:
+            self._past.popleft()
+        refusal = self._refusal(failure)
+        if refusal is not None:
+            return Decision(action=Action.STOP, reason=refusal)
+        self._past.append(
+            _Past(at_s=now_s, stage=failure.stage, step=failure.step, cause=failure.error.message)
+        )
+        return Decision(action=Action.ROLL_BACK, reason=f"{_listed(failure.broken)} must be replaced")
+
+    def _refusal(self, failure: Failure) -> str | None:
+        curable = isinstance(failure.error, RoleError) and not isinstance(failure.error, MismatchError)
+        if not curable or not failure.broken:
+            return ""
+        if not self.config.max_recoveries:
+            return "recovery.max_recoveries=0."
+        here = [past for past in self._past if (past.stage, past.step) == (failure.stage, failure.step)]
+        if len(here) >= self.config.same_step:
+            times = f"it has failed {len(here) + 1} times after step {failure.step}"
+            return f"{times}; the first cause was: {here[0].cause}"
+        if len(self._past) >= self.config.max_recoveries:
+            return (
+                f"recovery.max_recoveries={self.config.max_recoveries} within {self.config.window_s:g} s are used up; "
+                f"the first cause was: {self._past[0].cause}"
+            )
+        return None
+
+
+def _listed(roles: frozenset[str]) -> str:
+    return " and ".join(f"the {role}" for role in sorted(roles))

@@ -1,0 +1,78 @@
+"""A run mends itself: what is killed in its middle is replaced, and it ends with the same bits, samples and books."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.programs import TINY, WITH_PROMPTS, patiently, samples_of, summary_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+FAULTS = (
+    "broadcast.between_phases=kill@3",  # the coordinator, while engines hold a staged version: replaced in place
+    "learner.mid_save=kill@1",  # a rank writes the first checkpoint: nothing is committed yet
+    "learner.after_backward=kill@3",  # in a step, two steps after a commit
+    "learner.after_optimizer_step=kill@3",  # the step is made, and neither published nor in the ledger
+)
+
+
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mended")
+    (folder / "once").mkdir()
+    program, ended = patiently(
+        *("run", str(TINY), WITH_PROMPTS, "--dir", str(folder / "run")),
+        TREADLE_FAILPOINTS=";".join(FAULTS),
+        TREADLE_FAILPOINTS_ONCE=str(folder / "once"),
+    )
+    assert ended.code == 0, ended
+    assert program.all_gone(), program.survivors()
+    assert len(list((folder / "once").iterdir())) == len(FAULTS), "a fault did not happen"
+    return folder / "run"
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [line["fields"] for line in lines if line["kind"] == kind]
+
+
+def test_killed_ranks_and_coordinators_change_no_bit(mended: Path, undisturbed: Path) -> None:
+    mine, theirs = summary_of(mended), summary_of(undisturbed)
+    assert mine["weights_digest"] == theirs["weights_digest"]
+    assert mine["eval"] == theirs["eval"]
+    assert samples_of(mended) == samples_of(undisturbed)
+    assert (theirs["recoveries"], mine["recoveries"]) == (0, 3)
+
+
+def test_the_ledger_says_that_nothing_was_lost_or_trained_twice(mended: Path, undisturbed: Path) -> None:
+    samples = summary_of(mended)["samples"]
+    assert (samples["doubled"], samples["lost"], samples["in_flight"]) == (0, 0, 0)
+    assert samples["trained"] == summary_of(undisturbed)["samples"]["trained"]
+    assert samples["failed"] == samples["timed_out"] == 0
+
+
+def test_every_recovery_is_told_with_its_cause(mended: Path) -> None:
+    told = events(mended, "recovery")
+    assert [one["step"] for one in told] == [2, 2, 4]
+    for one, doing in zip(told, ("save to", "step 2", "step 4"), strict=True):
+        assert doing in one["message"]
+        assert "died" in one["message"]
+        assert one["replaced"] == "learner"
+        assert one["seconds"] > 0
+    print("seconds from failure to new ranks:", [one["seconds"] for one in told])
+    assert events(mended, "failure") == []
+    assert (mended / "report.html").read_text().count("<td>mended</td>") == 3
+
+
+def test_a_step_that_kills_its_ranks_every_time_stops_the_run_with_the_first_cause(tmp_path: Path) -> None:
+    program, ended = patiently(
+        *("run", str(TINY), WITH_PROMPTS, "--dir", str(tmp_path / "run"), "recovery.same_step=1"),
+        TREADLE_FAILPOINTS="learner.before_step=kill@1",
+    )
+    assert ended.code == 1, ended
+    assert "learner.step 0" in ended.complaint
+    assert "has failed 2 times after step 0" in ended.complaint
+    assert program.all_gone(), program.survivors()

@@ -1,0 +1,48 @@
+"""Plays a stage to its end, through failures of its roles."""
+
+from __future__ import annotations
+
+import time
+
+from treadle.cluster.recovery import Action, Failure, RecoveryPolicy
+from treadle.platform.errors import TreadleError
+from treadle.workflows.configs import StageConfig
+from treadle.workflows.outputs import StageOutput
+from treadle.workflows.run import Run
+from treadle.workflows.stages import run_stage
+
+RECOVERY = "recovery"
+
+
+async def play_stage(run: Run, name: str, config: StageConfig, policy: RecoveryPolicy) -> StageOutput:
+    """`run_stage`, and again from the newest commit where `policy` says so.
+
+    consumes: failures; waits for: the stage, or new roles; unblocked by: their deadlines; produces: the stage's
+    output, and an event per recovery. Raises the failure that stops the run.
+    """
+    while True:
+        try:
+            return await run_stage(run, name, config)
+        except TreadleError as error:
+            failed_s = time.monotonic()
+            failure = Failure(stage=name, step=run.step_of(name), error=error, broken=await run.crew.broken())
+            decision = policy.decide(failure)
+            if decision.action is Action.STOP:
+                if not decision.reason:
+                    raise
+                raise type(error)(f"{error.message} Not mended: {decision.reason}", error.remedy) from error
+            cause = f"{type(error).__name__}: {error.message}"
+            run.tracker.say(f"{name}: {cause} {decision.reason}; going back to the newest commit")
+            await run.crew.replace_broken()
+            run.recoveries += 1
+            run.tracker.event(
+                RECOVERY,
+                {
+                    "message": cause,
+                    "action": decision.action.value,
+                    "replaced": ", ".join(sorted(failure.broken)),
+                    "step": failure.step,
+                    "seconds": round(time.monotonic() - failed_s, 3),
+                },
+                stage=name,
+            )
