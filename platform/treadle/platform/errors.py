@@ -5,7 +5,8 @@ TreadleError
 ├── DataError            a file, line or prompt that cannot be used
 ├── StorageError         a URL that does not answer, refuses, or is full
 │   └── CheckpointError  a checkpoint that is missing, uncommitted or damaged
-├── LedgerError          a transition the ledger refuses (a group trained twice, a stale incarnation)
+├── LedgerError          a transition the ledger refuses (a group trained twice)
+│   └── FencedError      another process has taken the run over: this one may write nothing more
 ├── PlacementError       roles that can never be placed on this cluster
 ├── ClusterError         a Ray cluster that cannot be reached, or refuses the token
 ├── RoleError            a role that failed; carries role, phase and the ids it worked on
@@ -62,6 +63,10 @@ class CheckpointError(StorageError):
 
 class LedgerError(TreadleError):
     """A state transition the ledger refuses."""
+
+
+class FencedError(LedgerError):
+    """Another process has taken the run over."""
 
 
 class PlacementError(TreadleError):

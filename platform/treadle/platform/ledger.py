@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from treadle.platform.errors import LedgerError
+from treadle.platform.errors import FencedError, LedgerError
 from treadle.platform.ledger_audit import LedgerAudit, read_audit
 from treadle.platform.ledger_file import become_writer, connect, explained
 
@@ -111,10 +111,15 @@ class Ledger:
             raise LedgerError(f"{self.path} was opened to read.", "Open it without read_only to write.")
         newest = self._db.execute("SELECT MAX(incarnation) FROM writers").fetchone()[0]
         if newest != self.incarnation:
-            raise LedgerError(
+            raise FencedError(
                 f"{self.path}: this is writer {self.incarnation}, writer {newest} has taken over.",
                 "Stop this process; the newer one continues the run.",
             )
+
+    def check_held(self) -> None:
+        """Raises `FencedError` if another writer has taken over. For whoever is about to write beside the ledger."""
+        with self.batch():
+            return
 
     def issue(self, id: str, prompt_id: str, version: int) -> None:
         """A group is about to be drawn with weights of `version`: a new one, or a returned one again. The id

@@ -88,11 +88,21 @@ def demo(
 
 
 @app.command()
-def resume(run_folder: RunArg, address: Address = "", as_json: AsJson = False) -> None:
+def resume(
+    run_folder: RunArg,
+    address: Address = "",
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over", help="Also where another process seems to run it: that one is fenced off."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Continue a run that was stopped or killed, from its newest committed checkpoint."""
     from treadle.workflows import commands
 
-    _finish(commands.resume(run_folder, address, as_json=as_json), as_json)
+    _finish(commands.resume(run_folder, address, take_over=take_over, as_json=as_json), as_json)
 
 
 @app.command()

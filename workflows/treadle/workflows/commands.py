@@ -15,7 +15,7 @@ from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.folder import RunFolder, read_json, replace_file
 from treadle.workflows.inputs import build_inputs
 from treadle.workflows.outputs import outputs_of
-from treadle.workflows.progress import alive
+from treadle.workflows.progress import holder
 from treadle.workflows.recipe import Recipe, load_recipe, recipe_names
 
 Result = dict[str, Any]
@@ -42,13 +42,16 @@ def run(
     return _play(recipe, target, as_json)
 
 
-def resume(path: Path, address: str, *, as_json: bool) -> Result:
-    """Continues a run from its folder alone."""
+def resume(path: Path, address: str, *, take_over: bool, as_json: bool) -> Result:
+    """Continues a run from its folder alone. Whoever ran it before can write nothing more from then on."""
     target = RunFolder.existing(path)
     recipe = load_recipe(target.config)
     state = target.state()
-    if state.get("state") == "running" and alive(int(state.get("pid", 0))):
-        raise ConfigError(f"{path} is being run by process {state['pid']}.", "Stop that process first.")
+    if (holds := holder(state)) and not take_over:
+        raise ConfigError(
+            f"{path} is being run by {holds}.",
+            "Stop that process first, or continue here with --take-over: it can write nothing more then.",
+        )
     if state.get("state") == "finished" and target.summary.exists():
         return {**read_json(target.summary), "text": _text(target)}
     if address:

@@ -125,6 +125,7 @@ class Journal:
 
     async def fitted(self, report: StepReport) -> StepReport:
         """A supervised step is complete. Its cursor is the step itself."""
+        self._ledger.check_held()
         timings = self.clock.lap()
         rate = {names.PERF_TOKENS_PER_S: report.tokens / max(timings[names.TIMING_STEP], 1e-9)}
         report = replace(report, metrics={**report.metrics, **rate, **timings, **self._noted()})

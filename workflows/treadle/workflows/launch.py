@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -20,7 +21,7 @@ from treadle.cluster.ray_metrics import RayMetrics
 from treadle.cluster.recovery import RecoveryPolicy
 from treadle.cluster.session import open_session
 from treadle.platform.config import flatten
-from treadle.platform.errors import ConfigError, TreadleError
+from treadle.platform.errors import ConfigError, FencedError, TreadleError
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import WeightVersion
 from treadle.platform.tracking import RunTracker
@@ -39,6 +40,10 @@ from treadle.workflows.summary import summarise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+FENCED = "fenced"
+"""How a run ends for a process that another one has replaced."""
 
 
 @asynccontextmanager
@@ -65,7 +70,13 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     _tell_skipped(tracker, inputs)
     status = "failed"
     attempts = int(folder.state().get("attempts", 0)) + 1
-    folder.set_state(state="running", pid=os.getpid(), attempts=attempts, started_unix_s=time.time())
+    folder.set_state(
+        state="running",
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        attempts=attempts,
+        started_unix_s=time.time(),
+    )
     try:
         with (
             Ledger.open(folder.ledger) as ledger,
@@ -82,15 +93,21 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
         status = "interrupted"
         raise
+    except FencedError:
+        status = FENCED
+        raise
     except TreadleError as error:
         tracker.event(
             "failure", {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
         )
         raise
     finally:
-        with suppress(OSError):  # on a full disk the reason for the end is what must be said
-            folder.set_state(state=status, ended_unix_s=time.time())
-        tracker.close(status)
+        if status == FENCED:
+            tracker.abandon()
+        else:
+            with suppress(OSError):  # on a full disk the reason for the end is what must be said
+                folder.set_state(state=status, ended_unix_s=time.time())
+            tracker.close(status)
 
 
 async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:

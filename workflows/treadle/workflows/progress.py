@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Mapping
 from typing import Any
+
+import psutil
 
 from treadle.platform.ledger import Ledger
 from treadle.platform.tracking import read_metrics
@@ -35,6 +39,23 @@ def describe(folder: RunFolder) -> dict[str, Any]:
         "samples": _audit(folder),
     }
     return {**result, "text": _text(result)}
+
+
+def holder(state: Mapping[str, Any]) -> str:
+    """Which process runs a run, by its `run.json`, or nothing if none does: it is gone, or stopped (SIGSTOP), and the
+    ledger keeps it from writing once another one has taken over."""
+    pid, host = int(state.get("pid", 0)), str(state.get("host", "")) or socket.gethostname()
+    if state.get("state") != "running":
+        return ""
+    if host != socket.gethostname():
+        return f"process {pid} on {host}"
+    if not alive(pid):
+        return ""
+    try:
+        stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return ""
+    return "" if stopped else f"process {pid}"
 
 
 def alive(pid: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treadle.platform.config import fingerprint
-from treadle.platform.errors import ConfigError
+from treadle.platform.errors import ConfigError, FencedError
 from treadle.platform.ledger import Ledger
 from treadle.platform.objectives.base import Objective
 from treadle.platform.storage import local_path
@@ -128,6 +128,8 @@ class Run:
         self._journals[name] = journal
         try:
             yield journal
+        except FencedError:
+            raise
         except BaseException:
             tracker.close("failed")
             raise
@@ -143,6 +145,7 @@ class Run:
         notes: Mapping[str, float] | None = None,
     ) -> StageOutput:
         """Writes the stage's artefact: the learner's weights as a Hugging Face folder."""
+        self.ledger.check_held()
         target = self.folder.artifact(name)
         await self.roles.learner.export_hf(str(target))
         copy_tokenizer(self.folder.tokenizer, target)

@@ -78,6 +78,7 @@ class CheckpointKeeper:
             self._checkpoints.remove_uncommitted(stage)  # on a full disk, what follows needs the room
             raise
         failpoint("driver.after_shards")
+        self._ledger.check_held()  # the shards may have taken long
         if with_groups:
             self._ledger.commit_mark(stage, step, cursor)
         failpoint("driver.after_mark")

@@ -184,6 +184,15 @@ class RunTracker:
             )
         self._summary(status)
 
+    def abandon(self) -> None:
+        """Ends without another word in the run folder, which belongs to another process now."""
+        with self._lock:
+            self._closed = True
+        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._console.keep()
+        if self.feed is not None:
+            self.feed.abandon()
+
     def _start(self, name: str, settings: Mapping[str, Json]) -> None:
         params = self.redactor.value(dict(settings))
         assert isinstance(params, dict)
