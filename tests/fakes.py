@@ -32,6 +32,7 @@ class FakeEngine:
         self.version = version
         self.weights = torch.linspace(-1.0, 1.0, self.VOCABULARY)
         self.fail_at_step = -1
+        self.poison = ""  # the id of a prompt that ends the engine in the middle of its course
         self.steps = 0
         self._config = config
         self._step_s = step_s
@@ -52,6 +53,8 @@ class FakeEngine:
         self.steps += 1
         if self.steps == self.fail_at_step:
             raise MemoryError("the fake engine ran out of memory")
+        if any(row[0].prompt.id == self.poison and len(row[2]) == 2 for row in self._rows):
+            raise MemoryError("the fake engine choked")
         for issue, index, tokens, logprobs, _ in self._rows:
             sampling = issue.sampling
             scores = torch.log_softmax(self.weights / (sampling.temperature or 1.0), 0).double()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from treadle.platform.errors import PoisonedError
 from treadle.platform.records import (
     Drawn,
     Group,
@@ -51,10 +52,13 @@ class CoinRollouts:
     delay_s: Callable[[str], float] = lambda group_id: 0.0
     version: WeightVersion = field(default_factory=lambda: WeightVersion(step=0))
     drawn: list[tuple[str, int]] = field(default_factory=list)
+    poisoned: tuple[str, ...] = ()
 
     async def draw(self, issue: Issue) -> Drawn:
         version = self.version
         self.drawn.append((issue.id, version.step))
+        if issue.id in self.poisoned:
+            raise PoisonedError(f"{issue.prompt.id} ends workers")
         await asyncio.sleep(self.delay_s(issue.id))
         answer = int(issue.prompt.token_ids[0])
         samples = []
@@ -138,6 +142,9 @@ class ListBook:
 
     def dropped(self, ids: Sequence[str], reason: str) -> None:
         self.lines.extend((f"dropped:{reason}", id_) for id_ in ids)
+
+    def quarantined(self, issue: Issue, cause: str) -> None:
+        self.lines.append((f"quarantined:{cause}", issue.id))
 
     def of(self, state: str) -> list[str]:
         return [id_ for kind, id_ in self.lines if kind == state]

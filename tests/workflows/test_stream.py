@@ -134,6 +134,13 @@ def test_groups_of_a_broken_verifier_are_replaced_and_never_count_as_zero() -> N
     assert not np.isnan([r.outcome.rewards for r in batches[0]]).any()
 
 
+def test_a_prompt_that_ends_workers_is_set_aside_and_replaced() -> None:
+    batches, book, stream = played(1, CoinRollouts(poisoned=("rl/00000001",)))
+    assert book.of("dropped:poisoned") == book.of("quarantined:p1 ends workers") == ["rl/00000001"]
+    assert ids(batches[0]) == ["rl/00000000", "rl/00000002", "rl/00000003"]
+    assert stream.dropped == {"poisoned": 1}
+
+
 def test_dynamic_sampling_keeps_only_groups_with_different_rewards() -> None:
     batches, _, _ = played(3, CoinRollouts(), drop_zero_variance=True)
     assert all(np.ptp(ready.outcome.rewards) > 0 for batch in batches for ready in batch)

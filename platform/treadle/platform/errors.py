@@ -12,6 +12,7 @@ TreadleError
 ├── RoleError            a role that failed; carries role, phase and the ids it worked on
 │   ├── DeadlineError    a wait that passed its deadline
 │   ├── RolloutError     an engine that cannot draw
+│   │   └── PoisonedError  a prompt that ends every worker that draws it
 │   ├── VerifierError    a pool that cannot judge (a single bad sample is a verdict, not an error)
 │   ├── LearnerError     a step that cannot be made
 │   └── BroadcastError   weights that could not be published
@@ -87,6 +88,10 @@ class DeadlineError(RoleError):
 
 class RolloutError(RoleError):
     """An engine cannot draw."""
+
+
+class PoisonedError(RolloutError):
+    """A prompt ended several workers, the last one while nothing else was drawn there."""
 
 
 class VerifierError(RoleError):

@@ -14,8 +14,8 @@ from tests.fakes import FakeEngine, LocalWorker, local_launch, weights_of
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
-from treadle.platform.errors import DataError, DeadlineError, RolloutError
-from treadle.platform.records import Group, WeightVersion
+from treadle.platform.errors import DataError, DeadlineError, PoisonedError, RolloutError
+from treadle.platform.records import Drawn, Group, WeightVersion
 
 
 class Bench:
@@ -31,10 +31,12 @@ class Bench:
         self.engines: list[FakeEngine] = []
         self.step_s = step_s
         self.fail_at_step = -1
+        self.poison = ""
 
     def build(self, config: RolloutConfig, _: str, version: WeightVersion) -> FakeEngine:
         self.engines.append(FakeEngine(config, version, self.step_s))
         self.engines[-1].fail_at_step = self.fail_at_step
+        self.engines[-1].poison = self.poison
         return self.engines[-1]
 
     def run(self, use: Callable[[RolloutPool], Awaitable[None]]) -> None:
@@ -115,6 +117,28 @@ def test_the_first_cause_is_named_when_the_budget_is_spent() -> None:
             await pool.draw(issue("a", max_new_tokens=40))
         with pytest.raises(RolloutError, match="first cause"):
             await pool.draw(issue("b"))
+
+    bench.run(use)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_prompt_that_ends_every_worker_is_found_alone_and_refused_from_then_on(workers: int) -> None:
+    bench = Bench(step_s=0.002, workers=workers)
+    bench.poison = "p2"
+
+    async def use(pool: RolloutPool) -> None:
+        issues = [issue(f"p{n}", max_new_tokens=40) for n in range(6)]
+        drawn = await asyncio.gather(*(pool.draw(one) for one in issues), return_exceptions=True)
+        poisoned = drawn.pop(2)
+        assert isinstance(poisoned, PoisonedError)
+        assert "prompt p2 ended 3 workers" in str(poisoned)
+        assert "choked" in str(poisoned)
+        assert [d.id for d in drawn if isinstance(d, Drawn)] == [f"test/p{n}" for n in (0, 1, 3, 4, 5)]
+        assert pool.restarts == 3
+        with pytest.raises(PoisonedError, match="prompt p2"):
+            await pool.draw(issue("p2"))
+        assert pool.restarts == 3
+        assert (await pool.draw(issue("p9"))).id == "test/p9"
 
     bench.run(use)
 

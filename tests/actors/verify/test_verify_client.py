@@ -200,7 +200,9 @@ def test_the_odd_verifiers_are_known_to_the_configuration() -> None:
 
 def test_a_slow_actor_is_hedged_by_another_and_the_first_answer_counts() -> None:
     async def body(client: VerifierPool, handles: list[LocalHandle]) -> tuple[list[str], float, int, int]:
-        handles[0].hangs = True
+        first = client.handles[0]
+        assert isinstance(first, LocalHandle)
+        first.hangs = True
         began = time.monotonic()
         verdicts = await client.judge(drawn("ok", "ok"))
         wall_s = time.monotonic() - began

@@ -96,7 +96,7 @@ def test_what_a_hanging_verifier_started_dies_with_it() -> None:
         await waiting
         return grandchildren
 
-    found = with_pool(odd_config(), body)
+    found = with_pool(odd_config(deadline_s=4.0), body)
     _, alive = psutil.wait_procs(found, timeout=2)
     assert alive == []
 
@@ -274,7 +274,7 @@ def test_a_process_that_replaces_another_has_its_verifier_built() -> None:
             os.kill(pid, signal.SIGKILL)
         return found
 
-    for (verdict,) in with_pool(odd_config(warm=["math"]), body):
+    for (verdict,) in with_pool(odd_config(warm=["math"], cache_entries=0), body):
         assert verdict.reward == 1.0
 
 

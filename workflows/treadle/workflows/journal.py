@@ -97,6 +97,10 @@ class Journal:
     def dropped(self, ids: Sequence[str], reason: str) -> None:
         self._ledger.drop(ids, reason)
 
+    def quarantined(self, issue: Issue, cause: str) -> None:
+        """A prompt will not be drawn again in this attempt of the run."""
+        self._tracker.event("quarantined", {"prompt": issue.prompt.id, "group": issue.id, "message": cause})
+
     def leased(self, step: int, groups: Sequence[Ready]) -> None:
         self._ledger.lease([group.drawn.id for group in groups], step)
         failpoint("driver.after_lease")

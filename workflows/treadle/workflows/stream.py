@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from treadle.platform.contracts import Prompts, Rollouts, Verifiers
-from treadle.platform.errors import DeadlineError, RolloutError
+from treadle.platform.errors import DeadlineError, PoisonedError, RolloutError
 from treadle.platform.objectives.base import ScoredGroup
 from treadle.platform.records import Drawn, Issue, Sampling, Verdict, VerdictStatus, WeightVersion
 from treadle.workflows.rewards import RewardRule
@@ -28,6 +28,8 @@ class GroupBook(Protocol):
     def scored(self, drawn: Drawn, verdicts: Sequence[Verdict]) -> None: ...
 
     def dropped(self, ids: Sequence[str], reason: str) -> None: ...
+
+    def quarantined(self, issue: Issue, cause: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class GroupStream:
 
     Groups that cannot be trained are dropped with a reason, written down, and replaced by a later prompt:
     "unscored" (fewer than two scored samples, or none without a group baseline), "zero_variance" (dynamic
-    sampling only) and "stale" (older than η).
+    sampling only), "poisoned" (the prompt ends workers) and "stale" (older than η).
     """
 
     def __init__(
@@ -164,7 +166,12 @@ class GroupStream:
         return self._cursor - 1
 
     async def _produce(self, index: int, issue: Issue) -> Ready | None:
-        drawn = await self._rollouts.draw(issue)
+        try:
+            drawn = await self._rollouts.draw(issue)
+        except PoisonedError as error:
+            self._book.quarantined(issue, error.message)
+            self._drop([issue.id], "poisoned")
+            return None
         self._book.drawn(drawn)
         verdicts = self._rewards.weighed(drawn, await self._verifiers.judge(drawn))
         self._book.scored(drawn, verdicts)

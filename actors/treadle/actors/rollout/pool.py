@@ -3,7 +3,7 @@
 A draw goes to the worker with the fewest; a worker that died, fell silent or whose engine failed is replaced
 within a budget, and what it was drawing is drawn again under the same ids by whoever is free: the same issue
 gives the same samples. A replacement loads the model, is brought to the newest weights by `catch_up`, and
-only then draws.
+only then draws. A prompt in whose course workers end is drawn alone, and refused from then on if that ends one, too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,11 +24,13 @@ from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindEr
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
 from treadle.actors.rollout.supervision import Budget, Member, verdict
 from treadle.actors.rollout.worker import WorkerStatus
-from treadle.platform.errors import DeadlineError, RoleError, RolloutError, TreadleError
+from treadle.platform.errors import DeadlineError, PoisonedError, RoleError, RolloutError, TreadleError
 from treadle.platform.records import Drawn, Issue, WeightVersion
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 0.05
+_SUSPECT_AFTER = 2
+"""Workers that ended while they drew an issue, among others, before it is drawn alone."""
 
 CatchUp: TypeAlias = Callable[[str, WorkerHandle], Awaitable[object]]
 """Brings a replaced worker (name, handle) to the newest published weights; raises when it cannot."""
@@ -52,6 +55,8 @@ class RolloutPool:
         self._members: dict[str, Member] = {}
         self._model: tuple[str, WeightVersion] = ("", WeightVersion(step=0))
         self._failure: RolloutError | None = None
+        self._poisoned: dict[str, PoisonedError] = {}
+        self._one_suspect = asyncio.Lock()
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -95,8 +100,9 @@ class RolloutPool:
         await asyncio.gather(*(self._reload(m) for m in list(self._members.values()) if m.ready))
 
     async def draw(self, issue: Issue) -> Drawn:
-        """See `contracts.Rollouts`. Raises `DataError` for a prompt that cannot fit, `DeadlineError`, and
-        `RolloutError` naming the first cause when workers fail more often than allowed."""
+        """See `contracts.Rollouts`. Raises `DataError` for a prompt that cannot fit, `PoisonedError` for one that ends
+        workers, `DeadlineError`, and `RolloutError` naming the first cause when workers fail more often than allowed.
+        """
         story: list[str] = []
         try:
             async with asyncio.timeout(self._config.draw_deadline_s) as limit:
@@ -131,36 +137,75 @@ class RolloutPool:
 
     async def _draw(self, issue: Issue, story: list[str]) -> Drawn:
         """`story` says where the issue is, and why the last worker refused it."""
-        while True:
+        ended = 0
+        while ended < _SUSPECT_AFTER:
+            self._refuse_if_poisoned(issue)
             member = await self._chosen()
-            story[:1] = [f"it is in flight on {member.name}."]
-            member.draws += 1
             try:
-                least = issue.version.step - self.max_lag_steps
-                summary, group, texts = await member.call(member.handle.draw(issue, least))
-                return dataclasses.replace(summary, group=group, texts=texts)
+                return await self._draw_on(member, issue, story)
             except WorkerBehindError as error:
-                member.retry_s = time.monotonic() + _RETRY_S
-                story[1:] = [f"Refused before: {error.message}"]
+                self._later(member, error, story)
             except (WorkerDiedError, EngineFailedError) as error:
                 self._replace(member, error)
+                ended += 1
+        async with self._one_suspect:
+            return await self._draw_alone(issue, story)
+
+    async def _draw_alone(self, issue: Issue, story: list[str]) -> Drawn:
+        """On a worker with nothing else in flight: if that one ends as well, it is the prompt."""
+        while True:
+            self._refuse_if_failed()
+            self._refuse_if_poisoned(issue)
+            member = await self._chosen()
+            member.reserved = True
+            try:
+                while member.draws and not member.gone:
+                    await self._any_news()
+                return await self._draw_on(member, issue, story)
+            except WorkerBehindError as error:
+                self._later(member, error, story)
+            except (WorkerDiedError, EngineFailedError) as error:
+                self._replace(member, error)
+                self._poisoned[issue.prompt.id] = PoisonedError(
+                    f"rollout/draw: prompt {issue.prompt.id} ended {_SUSPECT_AFTER + 1} workers, the last one while "
+                    f"nothing else was drawn there: {error.message}",
+                    "Take the prompt out of the data, or find out what it does to the engine.",
+                )
             finally:
-                member.draws -= 1
+                member.reserved = False
                 self._announce()
+
+    async def _draw_on(self, member: Member, issue: Issue, story: list[str]) -> Drawn:
+        story[:1] = [f"it is in flight on {member.name}."]
+        member.draws += 1
+        try:
+            least = issue.version.step - self.max_lag_steps
+            summary, group, texts = await member.call(member.handle.draw(issue, least))
+            return dataclasses.replace(summary, group=group, texts=texts)
+        finally:
+            member.draws -= 1
+            self._announce()
+
+    @staticmethod
+    def _later(member: Member, error: WorkerBehindError, story: list[str]) -> None:
+        member.retry_s = time.monotonic() + _RETRY_S
+        story[1:] = [f"Refused before: {error.message}"]
 
     async def _chosen(self) -> Member:
         """The least loaded worker that may hold the right weights."""
         while True:
             self._refuse_if_failed()
             now = time.monotonic()
-            able = [m for m in self._members.values() if m.ready and m.retry_s <= now]
+            able = [m for m in self._members.values() if m.ready and m.retry_s <= now and not m.reserved]
             if able:
                 return min(able, key=lambda m: m.draws)
-            self._news.clear()
-            try:
-                await asyncio.wait_for(self._news.wait(), _RETRY_S)
-            except TimeoutError:
-                continue
+            await self._any_news()
+
+    async def _any_news(self) -> None:
+        """Something about the workers has changed, or a moment has passed."""
+        self._news.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), _RETRY_S)
 
     def _replace(self, member: Member, cause: RoleError) -> None:
         """Gives a worker up and starts another under its name; once per incarnation."""
@@ -246,6 +291,10 @@ class RolloutPool:
     def _refuse_if_failed(self) -> None:
         if self._failure is not None:
             raise RolloutError(self._failure.message, self._failure.remedy)
+
+    def _refuse_if_poisoned(self, issue: Issue) -> None:
+        if known := self._poisoned.get(issue.prompt.id):
+            raise PoisonedError(known.message, known.remedy)
 
     def _announce(self) -> None:
         self._news.set()

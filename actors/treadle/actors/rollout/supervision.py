@@ -24,6 +24,7 @@ class Member:
         self.handle = handle
         self.ready = False
         self.draws = 0
+        self.reserved = False  # for a draw that is suspected of ending workers
         self.retry_s = 0.0  # monotonic; before it the worker is known to hold weights too old
         self.status: WorkerStatus | None = None
         self._gone: asyncio.Future[RoleError] = asyncio.get_running_loop().create_future()

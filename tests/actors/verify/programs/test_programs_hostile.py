@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from treadle.platform.errors import DataError
 
 pytestmark = pytest.mark.slow
 NOBODY_S = 800.0
+PATIENT = replace(BUDGET, time_limit_s=8.0)
+"""For programs that end by themselves, also on a crowded machine."""
 DAILY_EXHAUSTIONS = {
     *(
         "an endless loop",
@@ -85,7 +88,7 @@ def test_an_attempt_to_get_out_is_refused(
 ) -> None:
     there, reached = target
     tests: list[Test] = [StdinTest(stdin=there.stdin(), stdout="held")]
-    seen = judged(sandbox, "python", PRELUDE + ATTEMPTS[name], tests)
+    seen = judged(sandbox, "python", PRELUDE + ATTEMPTS[name], tests, PATIENT)
     assert [result.passed for result in seen.results] == [True], seen.details
     assert reached == []
     assert not (Path(there.folder) / "written").exists()

@@ -20,7 +20,7 @@ PROBLEMS: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("problem
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[CodeVerifier]:
-    opened = CodeVerifier(time_limit_s=5.0)
+    opened = CodeVerifier(time_limit_s=15.0, total_s=120.0)  # a crowded machine is no wrong answer
     yield opened
     opened.close()
 

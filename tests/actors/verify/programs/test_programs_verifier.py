@@ -35,7 +35,7 @@ def verifier() -> Iterator[CodeVerifier]:
 @pytest.fixture(scope="module")
 def sharing() -> Iterator[CodeVerifier]:
     """With partial credit."""
-    opened = CodeVerifier(partial=True, time_limit_s=0.6, total_s=4.0)
+    opened = CodeVerifier(partial=True, time_limit_s=1.5, total_s=6.0)
     yield opened
     opened.close()
 
@@ -87,10 +87,10 @@ def test_a_call_that_does_not_return_costs_its_own_test_only(sharing: CodeVerifi
 
 
 def test_a_program_has_so_much_time_in_all(sharing: CodeVerifier) -> None:
-    code = "import time\ntime.sleep(0.4)\nprint(int(input()) ** 2)"
+    code = "import time\ntime.sleep(0.6)\nprint(int(input()) ** 2)"
     tests: list[Json] = [{"stdin": "2\n", "stdout": "4"}] * 20
     share = accuracy(sharing, code, {"tests": tests})
-    assert 0.2 <= share <= 0.5
+    assert 0.1 <= share <= 0.5
 
 
 def test_functions_do_not_see_each_others_arguments_change(verifier: CodeVerifier) -> None:

@@ -146,7 +146,7 @@ class Submission:
 
     def _limits(self) -> Limits:
         budget = self._budget
-        wall_s = max(0.05, min(budget.time_limit_s, self._left_s()))
+        wall_s = min(budget.time_limit_s, max(_LEAST_S, self._left_s()))
         address_space = self._toolchain.language.address_space
         return Limits(
             wall_s=wall_s,
@@ -162,6 +162,8 @@ class Submission:
         return self._until_s - time.monotonic()
 
 
+_LEAST_S = 0.5
+"""What a run gets that begins while time is left: a sandbox takes a while to set up, and that is not the program's."""
 _OUT_OF_TIME = Result(passed=False, detail="no time left")
 
 
