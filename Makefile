@@ -35,7 +35,7 @@ test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py c
 test-rollout: TESTS := actors/rollout contracts/test_engine_contract.py contracts/test_rollouts_contract.py
 test-learner: TESTS := actors/learner contracts/test_learner_contract.py
 test-backends: TESTS := contracts/test_learner_backend_contract.py
-test-cluster: TESTS := cluster e2e/test_verifier_faults.py e2e/test_recovery.py
+test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recovery take_over)
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 

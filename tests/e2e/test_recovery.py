@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.programs import TINY, WITH_PROMPTS, patiently, samples_of, summary_of
+from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently, samples_of, summary_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -65,6 +65,24 @@ def test_every_recovery_is_told_with_its_cause(mended: Path) -> None:
     print("seconds from failure to new ranks:", [one["seconds"] for one in told])
     assert events(mended, "failure") == []
     assert (mended / "report.html").read_text().count("<td>mended</td>") == 3
+
+
+def test_what_was_known_at_the_first_failure_is_kept(mended: Path) -> None:
+    files = sorted((mended / "failures").iterdir())
+    assert [file.name for file in files] == ["0001.json", "0002.json", "0003.json"]
+    first = json.loads(files[0].read_text())
+    assert "died" in first["message"]
+    assert first["driver"]["stage"] == "rl"
+    dead = [name for name, said in first["roles"].items() if said == "does not answer"]
+    assert len(dead) == 1
+    assert dead[0].startswith("learner-")
+    assert first["roles"]["rollout-0"].startswith("idle")
+    living = ({"learner-0", "learner-1"} - set(dead)).pop()
+    assert first["stacks"][living].startswith("thread ")
+    assert "ActorDiedError" in first["stacks"][dead[0]]
+    said = Program(words=("status", str(mended))).run().out
+    assert f"first failure: LearnerError: {first['message']}" in said
+    assert str(files[0]) in said
 
 
 def test_a_step_that_kills_its_ranks_every_time_stops_the_run_with_the_first_cause(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sqlite3
@@ -37,6 +38,17 @@ def contents(folder: Path) -> dict[str, str]:
     }
     with closing(sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True)) as ledger:
         return found | {"ledger": "\n".join(ledger.iterdump())}
+
+
+def lingering(folder: Path) -> bool:
+    """Whether `treadle status` says who is stuck, where and since when."""
+    said = json.loads(Program(words=("status", str(folder), "--json")).run().out)["now"]
+    return (
+        bool(said)
+        and (said["driver"]["stage"], said["driver"]["doing"]) == ("rl", "learn")
+        and said["driver"]["for_s"] > 1
+        and any(doing.startswith("opening references") for doing in said["roles"].values())
+    )
 
 
 def test_a_frozen_driver_is_replaced_and_writes_nothing_when_it_wakes(
@@ -76,6 +88,7 @@ def test_a_run_that_somebody_runs_is_taken_over_only_when_told_to(tmp_path: Path
     process = first.start()
     try:
         assert wait_until(lambda: (folder / FROZEN_AFTER).exists() or process.poll() is not None, 900)
+        assert wait_until(lambda: lingering(folder), 60), Program(words=("status", str(folder))).run().out
         refused = Program(words=("resume", str(folder))).run()
         assert refused.code == 2
         assert f"is being run by process {process.pid}" in refused.complaint

@@ -20,6 +20,8 @@ from treadle.actors.learner.stepping import LearnerSpec
 from treadle.actors.rollout.actor import RayWorker, ray_launch
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
+from treadle.actors.rollout.worker import WorkerStatus
+from treadle.actors.stacks import stacks_of
 from treadle.actors.verify.actor import ray_verifier_pool
 from treadle.actors.verify.client import VerifierPool
 from treadle.cluster.placement import Placement, reserve
@@ -160,6 +162,19 @@ class Crew:
         the coordinator are replaced where they are used."""
         return frozenset({"learner"} if await self._learner.examine() else ())
 
+    async def doing(self) -> dict[str, str]:
+        """What every process of the roles is doing, in words. Takes a few seconds where one is frozen."""
+        said = {name: _in_words(status) for name, status in self._rollouts.statuses.items()}
+        stats = self._verifiers.stats()
+        said["verify"] = f"{stats.scored} scored, {stats.failed} failed, {stats.timed_out} timed out"
+        ranks = await self._learner.phases()
+        return said | {f"learner-{rank}": phase or "does not answer" for rank, phase in enumerate(ranks)}
+
+    async def stacks(self) -> dict[str, str]:
+        """The stacks of learner ranks and rollout workers that answer."""
+        asked = {f"learner-{rank}": actor for rank, actor in enumerate(self._learner.ranks)}
+        return await stacks_of(asked | _actors(self._rollouts.workers))
+
     async def replace_broken(self) -> None:
         """New processes for the broken roles; `set_learner`, `set_engines` and `set_broadcast` give them their work.
         Raises `LearnerError` or `DeadlineError` if the ranks do not come up."""
@@ -227,6 +242,14 @@ async def open_engines(recipe: Recipe, model: str) -> AsyncIterator[tuple[Rollou
 
 async def _reserved(recipe: Recipe, specs: Sequence[RoleSpec]) -> Placement:
     return await asyncio.to_thread(reserve, specs, recipe.cluster.placement_deadline_s)
+
+
+def _in_words(status: WorkerStatus) -> str:
+    failure = f", failed: {status.failure}" if status.failure else ""
+    return (
+        f"{status.phase}, {status.in_flight} in flight, version {status.version.step}, "
+        f"engine silent for {status.silent_s:.1f} s{failure}"
+    )
 
 
 def _actors(workers: Mapping[str, WorkerHandle]) -> dict[str, Any]:

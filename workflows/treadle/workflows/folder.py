@@ -27,6 +27,8 @@ class RunFolder:
     artifacts/<stage>/ what a stage left: a Hugging Face folder and stage.json
     rollouts/          sampled completions with their verdicts, as Parquet
     logs/              the roles' logs
+    roles.json         what every role is doing, every few seconds
+    failures/          what was known at each failure: roles, stacks
     summary.json, report.html
     """
 

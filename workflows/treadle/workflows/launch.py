@@ -37,6 +37,7 @@ from treadle.workflows.recipe import Recipe
 from treadle.workflows.recovering import play_stage
 from treadle.workflows.run import Run
 from treadle.workflows.summary import summarise
+from treadle.workflows.watch import record_failure, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +86,16 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         ):
             tracker.mirror_to(metrics)
             crew = await open_crew(recipe, staleness)
+            run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started)
             try:
-                yield Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started)
+                async with watched(run):
+                    yield run
+            except FencedError:
+                raise
+            except TreadleError as error:
+                with suppress(OSError):  # the failure itself must be told
+                    await record_failure(run, error)
+                raise
             finally:
                 await crew.close()
         status = "finished"

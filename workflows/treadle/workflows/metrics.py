@@ -20,13 +20,22 @@ class StepClock:
     def __init__(self) -> None:
         self._spent: dict[str, float] = {}
         self._since = time.monotonic()
+        self._doing = ("", self._since)
+
+    @property
+    def doing(self) -> tuple[str, float]:
+        """The phase under way, empty between two, and for how many seconds."""
+        phase, since = self._doing
+        return phase, time.monotonic() - since
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.monotonic()
+        self._doing = (phase, start)
         try:
             yield
         finally:
+            self._doing = ("", time.monotonic())
             self._spent[phase] = self._spent.get(phase, 0.0) + time.monotonic() - start
 
     def lap(self) -> dict[str, float]:

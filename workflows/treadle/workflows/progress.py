@@ -14,6 +14,7 @@ from treadle.platform.ledger import Ledger
 from treadle.platform.tracking import read_metrics
 from treadle.workflows.folder import RunFolder
 from treadle.workflows.outputs import outputs_of
+from treadle.workflows.watch import first_failure, last_seen
 
 SHOWN = ("reward/mean", "accuracy/sampled", "accuracy/heldout_sampled", "response_length/mean", "policy/loss")
 
@@ -37,6 +38,8 @@ def describe(folder: RunFolder) -> dict[str, Any]:
         "seconds_since_last_step": time.time() - newest.time if newest else None,
         "figures": {k: newest.metrics[k] for k in SHOWN if k in newest.metrics} if newest else {},
         "samples": _audit(folder),
+        "now": last_seen(folder.path) if word == "running" else {},
+        "first_failure": first_failure(folder.path),
     }
     return {**result, "text": _text(result)}
 
@@ -94,6 +97,15 @@ def _text(result: dict[str, Any]) -> str:
         figures = "  ".join(f"{name} {value:.3f}" for name, value in result["figures"].items())
         age = result["seconds_since_last_step"]
         lines.append(f"last step: {result['stage']} {result['step'] + 1}, {age:.0f} s ago  {figures}")
+    if now := result["now"]:
+        driver, age = now["driver"], time.time() - now["unix_s"]
+        lines.append(
+            f"{age:.0f} s ago: {driver['stage']} step {driver['step'] + 1}, "
+            f"{driver['doing'] or 'between two phases'} for {driver['for_s']:.0f} s"
+        )
+        lines += [f"  {name:<12} {said}" for name, said in now["roles"].items()]
+    if failure := result["first_failure"]:
+        lines.append(f"first failure: {failure['error']}: {failure['message']} (all: {failure['file']})")
     if result["samples"]:
         counts = "  ".join(f"{name} {value}" for name, value in result["samples"].items())
         lines.append(f"groups: {counts}")

@@ -10,6 +10,7 @@ from treadle.workflows.configs import StageConfig
 from treadle.workflows.outputs import StageOutput
 from treadle.workflows.run import Run
 from treadle.workflows.stages import run_stage
+from treadle.workflows.watch import record_failure
 
 RECOVERY = "recovery"
 
@@ -32,6 +33,7 @@ async def play_stage(run: Run, name: str, config: StageConfig, policy: RecoveryP
                     raise
                 raise type(error)(f"{error.message} Not mended: {decision.reason}", error.remedy) from error
             cause = f"{type(error).__name__}: {error.message}"
+            await record_failure(run, error)
             run.tracker.say(f"{name}: {cause} {decision.reason}; going back to the newest commit")
             await run.crew.replace_broken()
             run.recoveries += 1

@@ -71,6 +71,14 @@ class Run:
             self.first_step_s = self.wall_s
             self.crew.start_engines(self._model)
 
+    def doing(self) -> tuple[str, int, str, float]:
+        """The newest stage, the step it is at, the phase of that step and for how many seconds."""
+        if not self._journals:
+            return "", 0, "starting", self.wall_s
+        stage, journal = list(self._journals.items())[-1]
+        phase, seconds = journal.clock.doing
+        return stage, journal.step, phase, seconds
+
     def step_of(self, stage: str) -> int:
         """Steps that a stage has finished, its commits and those since; 0 before it has begun."""
         return self._journals[stage].step if stage in self._journals else 0
@@ -125,7 +133,8 @@ class Run:
             keeper=keeper,
             weights=self.recipe.verify.parts,
         )
-        self._journals[name] = journal
+        self._journals.pop(name, None)
+        self._journals[name] = journal  # the newest is the last
         try:
             yield journal
         except FencedError:

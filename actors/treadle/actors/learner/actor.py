@@ -23,6 +23,7 @@ from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError
 from treadle.platform.packed import unpacked
 from treadle.platform.records import Group, Json, Ref, Share, TrainSample, WeightManifest
+from treadle.platform.stacks import stacks
 
 
 class Offering(Protocol):
@@ -114,6 +115,10 @@ class LearnerRankActor:
     def phase(self) -> str:
         """What the rank is doing right now, and where."""
         return f"{self._learner.phase} ({socket.gethostname()}, process {os.getpid()})"
+
+    @ray.method(concurrency_group="health")
+    def stacks(self) -> str:
+        return stacks()
 
     @ray.method(concurrency_group="health")
     def memory_bytes(self) -> int:

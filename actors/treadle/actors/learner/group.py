@@ -55,6 +55,10 @@ class LearnerGroup:
         """The rank actors' handles, rank 0 first; each has `publish(step, outgoing)`."""
         return tuple(self._actors)
 
+    async def phases(self) -> list[str]:
+        """What each rank says it is doing, rank 0 first; nothing where it does not answer within a few seconds."""
+        return await phases(self._actors)
+
     async def examine(self) -> str:
         """Why the group must be started again, or nothing. Asks the ranks, so no call may be under way."""
         if not self._broken and (reason := await unfit(self._actors)):

@@ -95,8 +95,8 @@ class LearnerRank:
                 "Train on samples drawn at a temperature above 0.",
             )
         start = time.perf_counter()
-        failpoint("learner.before_step")
         self.phase = "opening references"
+        failpoint("learner.before_step")
         samples = train_samples(row, self._resolve)
         running = Step(self._stage, step, temperature, self._say)
         grad_norm, skipped = running.run(samples)

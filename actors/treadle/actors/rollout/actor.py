@@ -18,6 +18,7 @@ from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
 from treadle.platform.errors import TreadleError
 from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Issue, Ref, WeightManifest, WeightVersion
+from treadle.platform.stacks import stacks
 
 _SMALL_BYTES = 65_536
 """A group that cannot grow beyond this travels by value, together with others that are done at the same time; a
@@ -68,6 +69,9 @@ class RolloutActor:
 
     async def status(self) -> WorkerStatus:
         return self._worker.status()
+
+    async def stacks(self) -> str:
+        return stacks()
 
     async def _drawn(self, asked: Asked) -> SmallGroup:
         summary, group, texts = await self._worker.draw(*asked)

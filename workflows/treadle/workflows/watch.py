@@ -1,0 +1,85 @@
+"""What every role is doing, written where `treadle status` and an autopsy find it.
+
+`roles.json` in the run folder is replaced every few seconds, off the step's path. `failures/0001.json` and so on hold
+what was known at the moment of each failure: the error, every role, and the stacks of the processes that still answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treadle.platform.errors import TreadleError
+from treadle.platform.stacks import stacks
+from treadle.workflows.folder import read_json, write_json
+
+if TYPE_CHECKING:
+    from treadle.workflows.run import Run
+
+EVERY_S = 5.0
+ROLES_FILE, FAILURES_FOLDER = "roles.json", "failures"
+
+
+@asynccontextmanager
+async def watched(run: Run) -> AsyncIterator[None]:
+    """Keeps `roles.json` up to date while the block runs.
+
+    consumes: what roles say; waits for: the next look, every `EVERY_S`; unblocked by: the clock, or the block's end;
+    produces: the file, unless another process has taken the run over. A look that fails is missed, and the next one
+    comes: watching must not end a run.
+    """
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(EVERY_S)
+            with suppress(OSError, TreadleError):
+                seen = await _seen(run)
+                run.ledger.check_held()
+                await asyncio.to_thread(write_json, run.folder.path / ROLES_FILE, seen)
+
+    task = asyncio.create_task(look(), name="watch roles")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def record_failure(run: Run, error: TreadleError) -> Path:
+    """Writes what is known about a failure while its processes still live. Returns the file."""
+    folder = run.folder.path / FAILURES_FOLDER
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{len(list(folder.glob('*.json'))) + 1:04d}.json"
+    seen = await _seen(run)
+    told = {
+        "error": type(error).__name__,
+        "message": run.tracker.redactor.message(error.message),
+        "remedy": error.remedy,
+        "stacks": {"driver": stacks(), **await run.crew.stacks()},
+    }
+    write_json(file, {**told, **seen})
+    return file
+
+
+def last_seen(folder: Path) -> dict[str, Any]:
+    """`roles.json`, or nothing."""
+    return read_json(folder / ROLES_FILE) if (folder / ROLES_FILE).exists() else {}
+
+
+def first_failure(folder: Path) -> dict[str, Any]:
+    """The first failure of the run with its file's name, or nothing."""
+    files = sorted((folder / FAILURES_FOLDER).glob("*.json"))
+    return {**read_json(files[0]), "file": str(files[0])} if files else {}
+
+
+async def _seen(run: Run) -> dict[str, Any]:
+    stage, step, doing, for_s = run.doing()
+    return {
+        "unix_s": time.time(),
+        "driver": {"stage": stage, "step": step, "doing": doing, "for_s": round(for_s, 1)},
+        "roles": await run.crew.doing(),
+    }
