@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SIZES = struct.Struct(">II")
+SETUP_S = 10.0
+"""Longest that setting a sandbox up may take, which is not the program's time."""
 KILL = {"kill": True}
 """Asks for the end of what runs."""
 

@@ -31,6 +31,8 @@ _SET_DEATH_SIGNAL, _SET_SUBREAPER = 1, 36
 FIRST_UID = 0x7000_0000
 """A launcher that is root runs programs as this plus its own process id: an id that nobody else has, so that
 limits per user count one program's processes and no signal reaches anyone."""
+_BEGINS_MS = 5
+"""How often a mark that is a file is looked for."""
 _LOOK_S = 0.05
 _LOOKS_SHARE = 20
 """Looking at `/proc` takes at most one part in this many of the launcher's time."""
@@ -117,13 +119,14 @@ class Run:
         with open(marks, "rb", buffering=0) as told:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             stdin = memory_file("stdin", self._stdin)
-            began_s = time.monotonic()
             try:
                 prepared = self._confinement.prepare(self._job)
                 pid = self._fork(prepared, stdin, mark)
             finally:
                 for fd in (stdin, mark, *self._outputs):
                     os.close(fd)
+            self._until_it_begins(pid, told.fileno(), prepared.mark)
+            began_s = time.monotonic()
             reason = self._watch(pid, began_s)
             status = end_children(pid)
             wall_s = time.monotonic() - began_s
@@ -131,7 +134,7 @@ class Run:
             said = told.read(4096)
             if prepared.mark and not said:
                 said = read_mark(prepared.mark)
-        if said != b".":  # on a machine too busy to set it up in time as well
+        if said != b".":
             return {"unstarted": said.decode(errors="replace")}
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         cpu_s = max(cpu_s, self._seen_cpu_s)  # the kernel does not count what a namespace's end has ended
@@ -200,6 +203,21 @@ class Run:
         _set_limit(resource.RLIMIT_NOFILE, *(int(self._limits["open_files"]),) * 2)
         if space := int(self._limits["address_space_bytes"]):
             _set_limit(resource.RLIMIT_AS, space, space)
+
+    def _until_it_begins(self, pid: int, told: int, mark: str) -> None:
+        """Returns when the program starts, or ends before. Setting a sandbox up is not the program's time: on a busy
+        machine it takes longer than many programs may."""
+        until_s = time.monotonic() + control.SETUP_S
+        ended = os.pidfd_open(pid)
+        poll = select.poll()
+        for fd in (ended, self._link.fileno(), *(() if mark else (told,))):
+            poll.register(fd, select.POLLIN)
+        try:
+            while time.monotonic() < until_s and not (mark and os.path.getsize(mark)):
+                if poll.poll(_BEGINS_MS if mark else 1000 * control.SETUP_S):
+                    return
+        finally:
+            os.close(ended)
 
     def _watch(self, pid: int, began_s: float) -> Reason:
         """Returns when the program is over, or has to be."""

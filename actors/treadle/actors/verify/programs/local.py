@@ -22,8 +22,9 @@ from treadle.actors.verify.programs.confinement import FOLDER_PREFIX
 from treadle.actors.verify.programs.processes import END_S
 from treadle.actors.verify.programs.records import Command, Ended, Reason, SandboxError
 
-_GRACE_S = END_S + 3.0
-"""A launcher that has not answered this long after a command's time is over has failed."""
+_GRACE_S = END_S + 15.0
+"""A launcher that has not answered this long after a command's time is over has failed. Removing what a program left
+behind takes a while: a second is enough for very many folders."""
 _START_S = 30.0
 _CHUNK_BYTES = 2**16
 _MODULE = "treadle.actors.verify.programs.launcher"
@@ -158,7 +159,7 @@ def _conversation(
     Raises `TimeoutError` when no answer comes, `SandboxError` when the launcher is gone.
     """
     limit = command.limits.output_bytes
-    until_s = time.monotonic() + command.limits.wall_s + _GRACE_S
+    until_s = time.monotonic() + command.limits.wall_s + control.SETUP_S + _GRACE_S
     poll = select.poll()
     poll.register(link, select.POLLIN)
     for fd in outputs:
@@ -168,7 +169,7 @@ def _conversation(
     while True:
         left_s = until_s - time.monotonic()
         if left_s <= 0:
-            raise TimeoutError(f"the launcher did not answer within {command.limits.wall_s + _GRACE_S} s")
+            raise TimeoutError(f"the launcher did not answer {control.SETUP_S + _GRACE_S:g} s after its time")
         ready = dict(poll.poll(1000 * left_s))
         for fd in outputs.keys() & ready.keys():
             if _read(fd, outputs[fd], limit):
