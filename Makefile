@@ -4,28 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test unit lint oracle bench bench-verify verify-hostile reproduce-demo clean
+.PHONY: help demo test unit lint oracle bench bench-verify bench-weights verify-hostile reproduce-demo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-$(VENV)/.core: pyproject.toml .ci/install .ci/overrides.txt
+KERNELS := kernels/build.py kernels/hatch_build.py $(wildcard kernels/csrc/*.h kernels/csrc/*/*)
+$(VENV)/.core: pyproject.toml .ci/install .ci/overrides.txt $(KERNELS)
 	.ci/install $(VENV)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml .ci/install .ci/overrides.txt
+$(VENV)/.dev: pyproject.toml .ci/install .ci/overrides.txt $(KERNELS)
 	.ci/install $(VENV) dev cpu oracle
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (about 5 minutes on 2 cores)
 	$(BIN)/treadle demo --fresh
 
-# A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next. Two at
-# a time, because most of them wait for processes to start.
+# A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next. Three at
+# a time on two cores, because most of them wait for processes to start.
 PYTEST := $(BIN)/python -m pytest -q -m "not oracle and not hostile"
 PARTS := kills runs cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
-	$(MAKE) --no-print-directory -k -j2 -Otarget $(PARTS:%=test-%)
+	$(MAKE) --no-print-directory -k -j3 -Otarget $(PARTS:%=test-%)
 
 test-kills: TESTS := e2e/test_kill_and_resume.py
 test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk)
@@ -67,8 +68,11 @@ bench-verify: $(VENV)/.dev ## The verifiers alone: against math-verify, with hos
 	$(BIN)/python -m tests.benchmarks.bench_verify
 	$(BIN)/python -m tests.benchmarks.bench_programs
 
+bench-weights: $(VENV)/.dev ## The weight kernels: size of deltas, seconds of packing, comparing, applying
+	$(BIN)/python -m tests.benchmarks.bench_kernels
+
 reproduce-demo: $(VENV)/.core ## The demo with three seeds, and with shuffled rewards (a quarter of an hour)
 	$(BIN)/python -m tests.benchmarks.reproduce_demo
 
 clean: ## Remove the environment and all runs
-	rm -rf $(VENV) runs bench.json
+	rm -rf $(VENV) runs bench.json kernels/treadle/kernels/*.so

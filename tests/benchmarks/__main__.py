@@ -14,6 +14,7 @@ from tests.benchmarks.bench_rows import hardware, read_rows, table
 
 BENCHES = (
     "bench_engine",
+    "bench_kernels",
     "bench_linear",
     "bench_mail",
     "bench_overlap",

@@ -16,6 +16,10 @@ FAULTS = (
     "learner.mid_save=kill@1",  # a rank writes the first checkpoint: nothing is committed yet
     "learner.after_backward=kill@3",  # in a step, two steps after a commit
     "learner.after_optimizer_step=kill@3",  # the step is made, and neither published nor in the ledger
+    "rollout.mid_generation=kill@9",  # a worker, in the middle of a group
+    "verify.in_child=kill@5",  # the process that judges
+    "verify.before_judge=kill@4",  # the verify actor before it has judged a group
+    "verify.before_return=kill@7",  # and after
 )
 
 
@@ -39,7 +43,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line["fields"] for line in lines if line["kind"] == kind]
 
 
-def test_killed_ranks_and_coordinators_change_no_bit(mended: Path, undisturbed: Path) -> None:
+def test_a_killed_process_of_any_role_changes_no_bit_and_no_reward(mended: Path, undisturbed: Path) -> None:
     mine, theirs = summary_of(mended), summary_of(undisturbed)
     assert mine["weights_digest"] == theirs["weights_digest"]
     assert mine["eval"] == theirs["eval"]
@@ -76,7 +80,7 @@ def test_what_was_known_at_the_first_failure_is_kept(mended: Path) -> None:
     dead = [name for name, said in first["roles"].items() if said == "does not answer"]
     assert len(dead) == 1
     assert dead[0].startswith("learner-")
-    assert first["roles"]["rollout-0"].startswith("idle")
+    assert {"rollout-0", "verify", "learner-0", "learner-1"} <= set(first["roles"])
     living = ({"learner-0", "learner-1"} - set(dead)).pop()
     assert first["stacks"][living].startswith("thread ")
     assert "ActorDiedError" in first["stacks"][dead[0]]

@@ -1,4 +1,4 @@
-"""A verifier that is killed or hangs in the middle of a GRPO run changes no reward."""
+"""A verifier that hangs in the middle of a GRPO run changes no other reward (one that is killed: `test_recovery`)."""
 
 from __future__ import annotations
 
@@ -11,44 +11,31 @@ from tests.e2e.programs import TINY, WITH_PROMPTS, patiently, samples_of, summar
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-KILLS = ("verify.in_child=kill@5", "verify.before_judge=kill@4", "verify.before_return=kill@7")
-"""The process that judges, the actor before it has judged a group, and after."""
-
-
 CANARY = "canary-5e1b0c77a9d4"
 """A secret in the environment of whoever starts the run."""
 
 
-def faulty_run(folder: Path, faults: tuple[str, ...], *settings: str) -> dict[str, Any]:
-    """A whole run in which every fault happens once, in whatever process passes the point. Returns its summary."""
+def faulty_run(folder: Path, fault: str, *settings: str) -> dict[str, Any]:
+    """A whole run in which the fault happens once, in whatever process passes the point. Returns its summary."""
     (folder / "once").mkdir(parents=True)
     words = ("run", str(TINY), WITH_PROMPTS, *settings, "--dir", str(folder / "run"))
     program, ended = patiently(
         *words,
-        TREADLE_FAILPOINTS=";".join(faults),
+        TREADLE_FAILPOINTS=fault,
         TREADLE_FAILPOINTS_ONCE=str(folder / "once"),
         SOME_API_KEY=CANARY,
     )
     assert ended.code == 0, ended
     assert program.all_gone(), program.survivors()
-    assert len(list((folder / "once").iterdir())) == len(faults), "a fault did not happen"
+    assert len(list((folder / "once").iterdir())) == 1, "the fault did not happen"
     assert CANARY not in ended.out + ended.err
     return summary_of(folder / "run")
-
-
-def test_killed_verifiers_leave_every_reward_and_every_bit_of_the_weights(
-    undisturbed: Path, tmp_path: Path
-) -> None:
-    summary = faulty_run(tmp_path, KILLS)
-    assert summary["samples"] == summary_of(undisturbed)["samples"]
-    assert samples_of(tmp_path / "run") == samples_of(undisturbed)
-    assert summary["weights_digest"] == summary_of(undisturbed)["weights_digest"]
 
 
 def test_a_hung_verifier_costs_one_sample_its_verdict_and_is_no_zero(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    summary = faulty_run(tmp_path, ("verify.in_child=sleep:600@5",), "verify.deadline_s=3")
+    summary = faulty_run(tmp_path, "verify.in_child=sleep:600@5", "verify.deadline_s=3")
     assert summary["samples"]["timed_out"] == 1
     assert summary["samples"]["trained"] == summary_of(undisturbed)["samples"]["trained"]
     assert summary["samples"]["lost"] == summary["samples"]["dropped"] == 0

@@ -25,7 +25,12 @@ REPORT_FILE = "report.html"
 CHAINS_SHOWN = 10
 ROLLOUTS_SHOWN = 8
 FAILURES_SHOWN = 50
-_WORDS = {"failure": "failure", "skipped": "step skipped", "recovery": "mended", "quarantined": "prompt set aside"}
+_WORDS = {
+    "failure": "failure",
+    "skipped": "step skipped",
+    "recovery": "mended",
+    "quarantined": "prompt set aside",
+}
 """Events that the table of failures lists, and what it calls them."""
 ACCENTS = 6
 """Stage colours in the style sheet; a seventh stage starts over."""

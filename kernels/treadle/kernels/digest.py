@@ -15,7 +15,8 @@ uniform 64-bit numbers: an accident passes with a probability of about 2⁻¹²�
 whoever can choose the weights can forge one. It guards against accidents, not adversaries. Bits are compared,
 not values: 0.0 and -0.0 differ, as do two NaNs with different payloads.
 
-Shapes: n elements of one tensor or shard, flattened in row-major order.
+Shapes: n elements of one tensor or shard, flattened in row-major order. The compiled libraries compute it where
+they load (on CUDA: enqueued on the current stream, which reading the result waits for), `*_eager` elsewhere.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+
+from treadle.kernels import native
+from treadle.kernels.registry import op
 
 _PHI = 0x9E3779B97F4A7C15
 _M1 = 0xBF58476D1CE4E5B9
@@ -57,18 +61,28 @@ def state_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def partial_digest(name: str, flat_offset: int, tensor: torch.Tensor) -> Partial:
     """The part of tensor `name` that `tensor` holds: n consecutive elements from flat index `flat_offset` on.
 
-    `tensor` may have any shape, stride and device.
+    `tensor` may have any shape, stride and device, and any dtype but complex (`TypeError`).
     """
-    bits = _bits(tensor)
-    k1, k2 = _keys(name, tensor.dtype)
+    k1, k2 = keys(name, tensor.dtype)
+    lanes = torch.ops.treadle.digest(_bits(tensor), flat_offset, signed(k1), signed(k2))
+    return _partial(lanes)
+
+
+def partial_digest_eager(name: str, flat_offset: int, tensor: torch.Tensor) -> Partial:
+    """The twin of `partial_digest` in torch operations."""
+    k1, k2 = keys(name, tensor.dtype)
+    return _digest_eager(_bits(tensor), flat_offset, k1, k2)
+
+
+def _digest_eager(bits: torch.Tensor, flat_offset: int, k1: int, k2: int) -> Partial:
     n = bits.numel()
     size = min(n, _CHUNK if bits.device.type == "cpu" else 1 << 24)
-    ramp = torch.arange(size, dtype=torch.int64, device=bits.device).mul_(_signed(_PHI))
+    ramp = torch.arange(size, dtype=torch.int64, device=bits.device).mul_(signed(_PHI))
     scratch = _Scratch(size, bits.device)
     first = second = 0
     for start in range(0, n, size or 1):
         part = bits[start : start + size]
-        base = _signed(k1 + (flat_offset + start) * _PHI)
+        base = signed(k1 + (flat_offset + start) * _PHI)
         key = torch.add(ramp[: part.numel()], base, out=scratch.x[: part.numel()])
         a, b = _mix(part, key, k2, scratch)
         first, second = first + a, second + b
@@ -78,15 +92,26 @@ def partial_digest(name: str, flat_offset: int, tensor: torch.Tensor) -> Partial
 def elements_digest(name: str, index: torch.Tensor, values: torch.Tensor) -> Partial:
     """The part of any n elements of tensor `name`: flat `index` [n] int64 in the whole tensor, `values` [n].
 
-    For shards that are not consecutive, and for incremental updates.
+    For shards that are not consecutive, and for incremental updates. Raises `ValueError` for unequal lengths.
     """
     if index.numel() != values.numel():
         raise ValueError(f"digest of {name}: {index.numel()} indices for {values.numel()} values")
-    if values.numel() == 0:
+    k1, k2 = keys(name, values.dtype)
+    flat = index.reshape(-1).to(values.device, torch.int64).contiguous()
+    return _partial(torch.ops.treadle.digest_at(_bits(values), flat, signed(k1), signed(k2)))
+
+
+def elements_digest_eager(name: str, index: torch.Tensor, values: torch.Tensor) -> Partial:
+    """The twin of `elements_digest` in torch operations."""
+    k1, k2 = keys(name, values.dtype)
+    return _digest_at_eager(index.reshape(-1).to(torch.int64), _bits(values), k1, k2)
+
+
+def _digest_at_eager(index: torch.Tensor, bits: torch.Tensor, k1: int, k2: int) -> Partial:
+    if bits.numel() == 0:
         return Partial(0, 0)
-    k1, k2 = _keys(name, values.dtype)
-    key = index.reshape(-1).to(torch.int64).mul(_signed(_PHI)).add_(_signed(k1))
-    first, second = _mix(_bits(values), key, k2, _Scratch(key.numel(), key.device))
+    key = index.mul(signed(_PHI)).add_(signed(k1))
+    first, second = _mix(bits, key, k2, _Scratch(key.numel(), key.device))
     return Partial(first % _WORD, second % _WORD)
 
 
@@ -104,6 +129,49 @@ def combine(parts: Iterable[Partial]) -> Partial:
     return Partial(first % _WORD, second % _WORD)
 
 
+def _two_lanes(bits: torch.Tensor, *_: object) -> torch.Tensor:
+    return bits.new_empty(2, dtype=torch.int64)
+
+
+@op("digest(Tensor bits, int flat_offset, int k1, int k2) -> Tensor", fake=_two_lanes)
+def _digest_op(bits: torch.Tensor, flat_offset: int, k1: int, k2: int) -> torch.Tensor:
+    """Both lanes [2] int64 of `bits` [n], integers of 1, 2, 4 or 8 bytes, contiguous; keys as signed integers."""
+    if library := native.library(bits.device):
+        lanes = torch.zeros(2, dtype=torch.int64, device=bits.device)
+        width = bits.element_size()
+        library.call("digest", bits, bits.numel(), width, flat_offset, k1, k2, lanes, device=bits.device)
+        return lanes
+    return _lanes(_digest_eager(bits, flat_offset, k1, k2)).to(bits.device)
+
+
+@op(
+    "digest_at(Tensor bits, Tensor index, int k1, int k2) -> Tensor",
+    fake=_two_lanes,
+)
+def _digest_at_op(bits: torch.Tensor, index: torch.Tensor, k1: int, k2: int) -> torch.Tensor:
+    """Both lanes [2] int64 of `bits` [n] at flat `index` [n] int64, both contiguous."""
+    if library := native.library(bits.device):
+        lanes = torch.zeros(2, dtype=torch.int64, device=bits.device)
+        width = bits.element_size()
+        library.call("digest_at", index, bits, bits.numel(), width, k1, k2, lanes, device=bits.device)
+        return lanes
+    return elements_digest_lanes_eager(index, bits, k1, k2)
+
+
+def elements_digest_lanes_eager(index: torch.Tensor, bits: torch.Tensor, k1: int, k2: int) -> torch.Tensor:
+    """Both lanes [2] int64 of `bits` [n], integers, at flat `index` [n] int64, in torch operations."""
+    return _lanes(_digest_at_eager(index, bits, k1, k2)).to(bits.device)
+
+
+def _partial(lanes: torch.Tensor) -> Partial:
+    first, second = lanes.tolist()
+    return Partial(first % _WORD, second % _WORD)
+
+
+def _lanes(partial: Partial) -> torch.Tensor:
+    return torch.tensor([signed(partial.first), signed(partial.second)])
+
+
 class _Scratch:
     """Reused buffers: allocation would cost as much as the arithmetic."""
 
@@ -119,7 +187,7 @@ def _mix(bits: torch.Tensor, key: torch.Tensor, k2: int, scratch: _Scratch) -> t
     y, t = scratch.y[:n], scratch.t[:n]
     x = key.bitwise_xor_(bits.to(torch.int64))
     _multiply_fold(x, _M1, 32, t)
-    torch.add(x, _signed(k2), out=y)
+    torch.add(x, signed(k2), out=y)
     _multiply_fold(x, _M2, 29, t)
     _multiply_fold(y, _M3, 31, t)
     return int(x.sum()), int(y.sum())
@@ -128,7 +196,7 @@ def _mix(bits: torch.Tensor, key: torch.Tensor, k2: int, scratch: _Scratch) -> t
 def _multiply_fold(x: torch.Tensor, factor: int, shift: int, t: torch.Tensor) -> None:
     """x ← fold(x·factor) in place. Torch shifts int64 arithmetically; the mask makes the shift logical,
     without which the fold would lose the top bit."""
-    x.mul_(_signed(factor))
+    x.mul_(signed(factor))
     torch.bitwise_right_shift(x, shift, out=t)
     x.bitwise_xor_(t.bitwise_and_((1 << (64 - shift)) - 1))
 
@@ -141,12 +209,13 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return flat.contiguous().view(_VIEWS[flat.element_size()])
 
 
-def _keys(name: str, dtype: torch.dtype) -> tuple[int, int]:
+def keys(name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """k₁ and k₂ of a tensor, each in [0, 2⁶⁴)."""
     raw = hashlib.blake2b(f"{dtype}\x1f{name}".encode(), digest_size=16).digest()
     return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The value mod 2⁶⁴ as torch's signed int64."""
     value %= _WORD
     return value - _WORD if value >= _WORD >> 1 else value

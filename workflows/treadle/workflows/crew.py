@@ -164,7 +164,8 @@ class Crew:
 
     async def doing(self) -> dict[str, str]:
         """What every process of the roles is doing, in words. Takes a few seconds where one is frozen."""
-        said = {name: _in_words(status) for name, status in self._rollouts.statuses.items()}
+        heard = self._rollouts.statuses
+        said = {n: _in_words(heard[n]) if n in heard else "starting" for n in self._rollouts.workers}
         stats = self._verifiers.stats()
         said["verify"] = f"{stats.scored} scored, {stats.failed} failed, {stats.timed_out} timed out"
         ranks = await self._learner.phases()

@@ -1,0 +1,33 @@
+// The loops whose speed depends on the instruction set. loops.cpp is compiled three times; `loops()` gives the best
+// set this processor has.
+#pragma once
+#include <stdint.h>
+
+namespace treadle {
+
+struct Encoder;
+struct Source;
+
+// Digest keys of a run of elements: that of element i is `key + i·φ`.
+struct Keys {
+    uint64_t key, k2;
+};
+
+struct Loops {
+    void (*digest)(const void* bits, int64_t n, int width, Keys keys, uint64_t* lanes);
+    // Element i is at flat index index[i]; `keys.key` is k₁.
+    void (*digest_at)(const int64_t* index, const void* bits, int64_t n, int width, Keys keys, uint64_t* lanes);
+    // Returns how many elements changed.
+    int64_t (*cast_diff)(const float* master, uint16_t* param, int64_t n, uint32_t* dirty, Keys keys,
+                         uint64_t* lanes);
+    // Elements [begin, end) of treadle_reduce.
+    void (*reduce)(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, int kind, void* out);
+    // Appends a block to the encoder's bytes and returns its entry in the table. In dirty mode the block's bitmap
+    // lies in the encoder.
+    uint32_t (*encode_block)(Encoder& e, const Source& s, bool steps);
+};
+
+extern const Loops loops_scalar, loops_avx2, loops_avx512;
+const Loops& loops();
+
+}  // namespace treadle

@@ -1,0 +1,116 @@
+"""The compiled libraries: which one computes for a device, and how it is called.
+
+The setting `TREADLE_KERNELS` is read once per process:
+
+    (unset)   the CPU library for CPU tensors, the CUDA library for CUDA tensors, the eager twin where one of them
+              does not load, with one warning per device
+    cuda      both libraries must load
+    cpu       the CPU library must load; CUDA tensors use the eager twins
+    torch     eager twins everywhere
+
+The libraries are built ahead of time (`kernels/build.py`) and lie beside this file; nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treadle.kernels.errors import KernelError
+
+ABI = 1
+FOLDER = Path(__file__).parent
+SETTING = "TREADLE_KERNELS"
+
+_STATUS = {
+    1: "an argument is out of range",
+    2: "out of memory",
+    3: "no device that this library can use",
+}
+_CUDA_STATUS = 1000
+
+
+class Library:
+    """One loaded library. Functions are called with tensors, whose addresses they get, integers and None."""
+
+    def __init__(self, path: Path, isa: int = 0) -> None:
+        """Raises `KernelError` when the file does not load, has another interface, or cannot compute here. `isa`
+        chooses among what the CPU library was compiled for: 0 the best, 1 scalar, 2 AVX2, 3 AVX-512."""
+        try:
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelError(
+                f"{path.name} does not load ({error}); build it: python kernels/build.py"
+            ) from error
+        if (found := self._functions.treadle_abi()) != ABI:
+            raise KernelError(
+                f"{path.name} has interface {found}, not {ABI}; build it: python kernels/build.py"
+            )
+        if status := self._functions.treadle_ready(isa):
+            raise KernelError(f"{path.name} cannot compute here: {_meaning(status)}")
+        self._functions.treadle_delta_scratch.restype = ctypes.c_int64
+
+    def call(self, name: str, *arguments: Tensor | int | None, device: torch.device) -> None:
+        """Calls `treadle_<name>` on `device`: on its current stream, or on as many threads as torch uses.
+        The caller keeps the tensors alive; the CUDA allocator does so for work on the current stream. Raises
+        `KernelError` with the meaning of a status that is not 0."""
+        function = getattr(self._functions, f"treadle_{name}")
+        converted = [_converted(argument) for argument in arguments]
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                lane = torch.cuda.current_stream(device).cuda_stream
+                status = function(*converted, ctypes.c_uint64(lane))
+        else:
+            status = function(*converted, ctypes.c_uint64(torch.get_num_threads()))
+        if status:
+            raise KernelError(f"treadle_{name}: {_meaning(status)}")
+
+    def delta_scratch_bytes(self, blocks: int) -> int:
+        return int(self._functions.treadle_delta_scratch(ctypes.c_int64(blocks)))
+
+
+def library(device: torch.device) -> Library | None:
+    """The library that computes for tensors on `device`, or None where the eager twin does."""
+    return _library(device.type)
+
+
+@functools.cache
+def _library(device_type: str) -> Library | None:
+    setting = os.environ.get(SETTING, "")
+    if setting not in ("", "cuda", "cpu", "torch"):
+        raise KernelError(f"{SETTING}={setting!r}: set it to cuda, cpu or torch, or leave it unset")
+    if setting == "torch" or device_type not in ("cpu", "cuda") or (setting, device_type) == ("cpu", "cuda"):
+        return None
+    try:
+        return Library(FOLDER / f"libtreadle_kernels_{device_type}.so")
+    except KernelError as error:
+        if setting:
+            raise
+        warnings.warn(
+            f"treadle.kernels: {error}. Eager twins are used for {device_type} tensors: correct, and slow. "
+            f"{SETTING}=torch says that this is wanted.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def _converted(argument: Tensor | int | None) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument)
+
+
+def _meaning(status: int) -> str:
+    if status >= _CUDA_STATUS:
+        return f"CUDA error {status - _CUDA_STATUS}; a driver older than CUDA 13 reports 35"
+    return _STATUS.get(status, f"status {status}")
