@@ -4,6 +4,7 @@ and that a run which is cut off anywhere ends with the same state as one that is
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import pytest
 from tests.workflows.plain_roles import CoinRollouts, DigitVerifiers, NumberedPrompts
 from tests.workflows.plain_stage import PlainBroadcast, PlainLearner
 
-from treadle.platform.errors import FailpointError
+from treadle.platform.errors import FailpointError, RefusedError
 from treadle.platform.failpoints import arm
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import StepBatch, StepReport
@@ -195,6 +196,17 @@ def test_a_group_whose_verifier_broke_is_dropped_counted_and_replaced(tmp_path: 
     rows = read_metrics(tmp_path)
     assert sum(row.metrics["samples/dropped"] for row in rows) == 2.0
     assert not any(np.isnan(row.metrics["reward/mean"]) for row in rows)
+
+
+@pytest.mark.parametrize("how", ["play", "fit"])
+def test_several_refused_updates_in_a_row_are_an_error_that_names_them(tmp_path: Path, how: str) -> None:
+    broken = PlainLearner(refused=frozenset({1, 3, 4, 5}))
+    attempt = Attempt(tmp_path, learner=broken)
+    with pytest.raises(RefusedError, match=r"learner.step 5 of rl: 3 updates in a row were refused.* nan"):
+        attempt.play() if how == "play" else attempt.fit(batches(rows(40), rows_per_step=4, ranks=2), 8)
+    assert [report.step for report in attempt.reports] == [0, 1, 2, 3, 4]
+    told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [one["fields"]["step"] for one in told if one["kind"] == "skipped"] == [1, 3, 4, 5]
 
 
 def test_a_step_that_a_guard_refused_ends_as_dropped_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -23,15 +23,18 @@ class RecoveryConfig:
     max_recoveries: int = 8
     """Within `window_s`. 0 stops the run at the first failure, to be continued by `treadle resume`."""
     window_s: float = 3600.0
+    max_refused: int = 3
+    """Updates in a row that a guard may refuse (NaN, infinity) before the stage goes back to its commit; 0 is any
+    number."""
     same_step: int = 2
     """Failures at one step of a stage that are mended; the next one there stops the run."""
 
     def check(self) -> None:
         """Raises `ConfigError` for what cannot work."""
-        if self.max_recoveries < 0 or self.same_step < 1 or not self.window_s > 0:
+        if min(self.max_recoveries, self.max_refused) < 0 or self.same_step < 1 or not self.window_s > 0:
             raise ConfigError(
-                f"recovery.max_recoveries={self.max_recoveries} must be >= 0, recovery.same_step={self.same_step} "
-                f">= 1 and recovery.window_s={self.window_s} > 0."
+                f"recovery.max_recoveries={self.max_recoveries} and recovery.max_refused={self.max_refused} must be "
+                f">= 0, recovery.same_step={self.same_step} >= 1 and recovery.window_s={self.window_s} > 0."
             )
 
 

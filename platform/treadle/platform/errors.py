@@ -15,6 +15,7 @@ TreadleError
 │   │   └── PoisonedError  a prompt that ends every worker that draws it
 │   ├── VerifierError    a pool that cannot judge (a single bad sample is a verdict, not an error)
 │   ├── LearnerError     a step that cannot be made
+│   │   └── RefusedError  updates that a guard refused, several in a row
 │   └── BroadcastError   weights that could not be published
 │       └── MismatchError  engine and learner disagree (digest, or log-probabilities on the probe)
 ├── FailpointError       raised on purpose by a failpoint
@@ -100,6 +101,10 @@ class VerifierError(RoleError):
 
 class LearnerError(RoleError):
     """A learner step cannot be made."""
+
+
+class RefusedError(LearnerError):
+    """A guard refused several updates in a row."""
 
 
 class BroadcastError(RoleError):

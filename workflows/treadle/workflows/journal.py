@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from treadle.platform import metric_names as names
 from treadle.platform.contracts import Prompts
+from treadle.platform.errors import RefusedError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import Drawn, Issue, PublishReport, Sampling, StepReport, Verdict, VerdictStatus
@@ -38,11 +39,13 @@ class Journal:
         tracker: StageTracker,
         keeper: CheckpointKeeper,
         weights: Mapping[str, float] | None = None,
+        most_refused: int = 3,
     ) -> None:
         self.stage, self.seed, self.start, self.step = stage, seed, position.step, position.step
         self.clock = StepClock()
         self._position, self._ledger, self._tracker, self._keeper = position, ledger, tracker, keeper
         self._weights = weights
+        self._most_refused, self._refused = most_refused, 0
         self._notes: dict[str, float] = {}
         self._stream: GroupStream | None = None
         self._dropped_before: dict[str, int] = {}
@@ -110,13 +113,12 @@ class Journal:
     ) -> StepReport:
         """A GRPO step is complete: its groups end as trained, or as dropped where a guard refused the update."""
         failpoint("driver.after_publish")
+        ids = [group.drawn.id for group in groups]
         if report.skipped:
-            self._ledger.drop([group.drawn.id for group in groups], report.skipped)
-            self._tracker.event(
-                "skipped", {"step": report.step, "stage": self.stage, "reason": report.skipped}
-            )
+            self._ledger.drop(ids, report.skipped)
         else:
             self._ledger.trained(self.stage, report.step)
+        self._count_refused(report, ids)
         failpoint("driver.after_trained")
         await self._keep_rollouts(groups, report.step)
         assert self._stream is not None
@@ -130,12 +132,28 @@ class Journal:
     async def fitted(self, report: StepReport) -> StepReport:
         """A supervised step is complete. Its cursor is the step itself."""
         self._ledger.check_held()
+        self._count_refused(report, ())
         timings = self.clock.lap()
         rate = {names.PERF_TOKENS_PER_S: report.tokens / max(timings[names.TIMING_STEP], 1e-9)}
         report = replace(report, metrics={**report.metrics, **rate, **timings, **self._noted()})
         self._tracker.log(report.step, report.metrics)
         await self._checkpoint(report.step + 1, report.step + 1, with_groups=False)
         return report
+
+    def _count_refused(self, report: StepReport, ids: Sequence[str]) -> None:
+        """Tells of an update that a guard refused. Several in a row are no accident: the weights, the data or the
+        machine are wrong, and going on would only use up prompts."""
+        self._refused = self._refused + 1 if report.skipped else 0
+        if not report.skipped:
+            return
+        groups = ", ".join(ids)
+        self._tracker.event("skipped", {"step": report.step, "reason": report.skipped, "groups": groups})
+        if self._most_refused and self._refused >= self._most_refused:
+            raise RefusedError(
+                f"learner.step {report.step} of {self.stage}: {self._refused} updates in a row were refused, the last "
+                f"one for a {report.skipped}.",
+                "Lower the learning rate, or look at the groups of the `skipped` events in events.jsonl.",
+            )
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Figures that go with the next step's: what an evaluation in between has found."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from treadle.cluster.recovery import Action, Failure, RecoveryPolicy
-from treadle.platform.errors import TreadleError
+from treadle.platform.errors import RefusedError, TreadleError
 from treadle.workflows.configs import StageConfig
 from treadle.workflows.outputs import StageOutput
 from treadle.workflows.run import Run
@@ -26,7 +26,10 @@ async def play_stage(run: Run, name: str, config: StageConfig, policy: RecoveryP
             return await run_stage(run, name, config)
         except TreadleError as error:
             failed_s = time.monotonic()
-            failure = Failure(stage=name, step=run.step_of(name), error=error, broken=await run.crew.broken())
+            broken = await run.crew.broken()
+            if isinstance(error, RefusedError):  # it may have lost its mind, or the machine has
+                broken |= {"learner"}
+            failure = Failure(stage=name, step=run.step_of(name), error=error, broken=broken)
             decision = policy.decide(failure)
             if decision.action is Action.STOP:
                 if not decision.reason:

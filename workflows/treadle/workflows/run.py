@@ -132,6 +132,7 @@ class Run:
             tracker=tracker,
             keeper=keeper,
             weights=self.recipe.verify.parts,
+            most_refused=self.recipe.recovery.max_refused,
         )
         self._journals.pop(name, None)
         self._journals[name] = journal  # the newest is the last
