@@ -87,14 +87,3 @@ def test_what_was_known_at_the_first_failure_is_kept(mended: Path) -> None:
     said = Program(words=("status", str(mended))).run().out
     assert f"first failure: LearnerError: {first['message']}" in said
     assert str(files[0]) in said
-
-
-def test_a_step_that_kills_its_ranks_every_time_stops_the_run_with_the_first_cause(tmp_path: Path) -> None:
-    program, ended = patiently(
-        *("run", str(TINY), WITH_PROMPTS, "--dir", str(tmp_path / "run"), "recovery.same_step=1"),
-        TREADLE_FAILPOINTS="learner.before_step=kill@1",
-    )
-    assert ended.code == 1, ended
-    assert "learner.step 0" in ended.complaint
-    assert "has failed 2 times after step 0" in ended.complaint
-    assert program.all_gone(), program.survivors()

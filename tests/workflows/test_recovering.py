@@ -1,0 +1,159 @@
+"""Playing a stage through failures, without processes; with them: tests/e2e/test_recovery.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from treadle.cluster.recovery import RecoveryConfig, RecoveryPolicy
+from treadle.platform.errors import ConfigError, LearnerError, RefusedError, TreadleError
+from treadle.workflows import commands, recovering
+from treadle.workflows.progress import holder
+
+
+@dataclass
+class PlainCrew:
+    """Counts replacements; `broken` is what it says of itself."""
+
+    sick: frozenset[str] = frozenset({"learner"})
+    replaced: int = 0
+
+    async def broken(self) -> frozenset[str]:
+        return self.sick
+
+    async def replace_broken(self) -> None:
+        self.replaced += 1
+
+    async def doing(self) -> dict[str, str]:
+        return {"learner-0": "does not answer"}
+
+    async def stacks(self) -> dict[str, str]:
+        return {"learner-0": "gone"}
+
+
+@dataclass
+class PlainRun:
+    """As much of a run as `play_stage` needs."""
+
+    path: Path
+    crew: PlainCrew = field(default_factory=PlainCrew)
+    recoveries: int = 0
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Any:
+        return SimpleNamespace(path=self.path)
+
+    @property
+    def tracker(self) -> Any:
+        redactor = SimpleNamespace(message=lambda text: text)
+        return SimpleNamespace(
+            say=lambda text: None,
+            event=lambda kind, fields, stage: self.told.append(fields),
+            redactor=redactor,
+        )
+
+    def step_of(self, stage: str) -> int:
+        return 4
+
+    def doing(self) -> tuple[str, int, str, float]:
+        return "rl", 4, "learn", 0.5
+
+
+def play(
+    run: PlainRun, monkeypatch: pytest.MonkeyPatch, *errors: TreadleError, **settings: int
+) -> list[TreadleError]:
+    """Plays a stage that fails with each error in turn and then ends. Returns those that did not happen."""
+    left = list(errors)
+
+    async def run_stage(*_: object) -> str:
+        if left:
+            raise left.pop(0)
+        return "output"
+
+    monkeypatch.setattr(recovering, "run_stage", run_stage)
+    policy = RecoveryPolicy(RecoveryConfig(**settings))  # type: ignore[arg-type]
+    played = recovering.play_stage(run, "rl", None, policy)  # type: ignore[arg-type]
+    assert asyncio.run(played) == "output"  # type: ignore[comparison-overlap]
+    return left
+
+
+def test_failures_of_broken_roles_are_mended_and_each_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path)
+    play(run, monkeypatch, LearnerError("rank 1 died"), LearnerError("rank 0 died"))
+    assert run.recoveries == run.crew.replaced == 2
+    assert [one["message"] for one in run.told] == ["LearnerError: rank 1 died", "LearnerError: rank 0 died"]
+    first = json.loads((tmp_path / "failures" / "0001.json").read_text())
+    assert (first["error"], first["message"]) == ("LearnerError", "rank 1 died")
+    assert first["roles"] == {"learner-0": "does not answer"}
+    assert first["driver"]["doing"] == "learn"
+
+
+def test_a_step_that_fails_every_time_stops_the_run_with_the_first_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path)
+    causes = [LearnerError("out of memory", "Lower it."), LearnerError("then late"), LearnerError("again")]
+    with pytest.raises(LearnerError) as stopped:
+        play(run, monkeypatch, *causes)
+    assert stopped.value.message == (
+        "again Not mended: it has failed 3 times after step 4; the first cause was: out of memory"
+    )
+    assert run.crew.replaced == 2
+
+
+def test_an_error_without_a_broken_role_is_the_runs_end_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path, PlainCrew(sick=frozenset()))
+    with pytest.raises(LearnerError, match=r"^temperature=0$"):
+        play(run, monkeypatch, LearnerError("temperature=0"))
+    assert (run.recoveries, run.crew.replaced) == (0, 0)
+
+
+def test_refused_updates_get_new_ranks_although_the_old_ones_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path, PlainCrew(sick=frozenset()))
+    play(run, monkeypatch, RefusedError("3 updates in a row were refused"))
+    assert run.crew.replaced == 1
+
+
+def state_of(pid: int, host: str = "") -> dict[str, object]:
+    return {"state": "running", "pid": pid, "host": host or socket.gethostname()}
+
+
+def test_a_run_is_held_by_a_process_that_lives_and_moves() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert holder(state_of(process.pid)) == f"process {process.pid}"
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert holder(state_of(process.pid)) == "", "stopped: its successor fences it off"
+        os.kill(process.pid, signal.SIGCONT)
+        process.communicate(b"\n")
+    assert holder(state_of(process.pid)) == ""
+    assert holder(state_of(1, "elsewhere")) == "process 1 on elsewhere", "nobody here can tell"
+    assert holder({"state": "failed", "pid": os.getpid()}) == ""
+
+
+def test_taking_over_is_said_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("stages: {}\n")
+    (tmp_path / "run.json").write_text(json.dumps(state_of(os.getpid())))
+    monkeypatch.setattr(commands, "load_recipe", lambda source: "recipe")
+    monkeypatch.setattr(commands, "_play", lambda *asked: {"played": asked})
+    with pytest.raises(ConfigError, match=rf"(?s)is being run by process {os.getpid()}.*--take-over"):
+        commands.resume(tmp_path, "", take_over=False, as_json=False)
+    assert commands.resume(tmp_path, "", take_over=True, as_json=False)["played"][0] == "recipe"
