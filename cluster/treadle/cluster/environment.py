@@ -25,6 +25,10 @@ _DEFAULTS = {
     "RAY_agent_register_timeout_ms": "60000",
 }
 
+NO_PRESTART = {"RAY_prestart_worker_first_driver": "0"}
+"""For a cluster whose workers all have a runtime environment: Ray would start a worker per core without one, for
+nobody."""
+
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 

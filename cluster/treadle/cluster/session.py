@@ -17,8 +17,9 @@ from types import FrameType
 
 import psutil
 
-from treadle.cluster.environment import given_token, prepare_embedded, prepare_environment
+from treadle.cluster.environment import NO_PRESTART, given_token, prepare_embedded, prepare_environment
 from treadle.cluster.reach import check_cluster, split_address
+from treadle.cluster.warm_start import LOG, pays, template
 from treadle.platform.errors import ClusterError, ConfigError
 from treadle.platform.records import RoleSpec
 
@@ -39,6 +40,9 @@ class ClusterConfig:
     """Embedded: shared memory for objects; 0 for 1 GiB, or half of what is free if that is less."""
     temp_dir: str = ""
     """Embedded: parent of Ray's private folder; empty for /tmp. Short: sockets lie in it."""
+    warm_start: bool = True
+    """Embedded, and no role has a GPU: role processes are forked from one that has imported torch, transformers and
+    DeepSpeed, and start in tenths of a second. Off: every process imports for itself."""
     dashboard: bool = False
     """Embedded: start Ray's dashboard (some seconds and 200 MB more)."""
     token_file: str = ""
@@ -82,29 +86,33 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    config: ClusterConfig, specs: Sequence[RoleSpec] = (), logs: Path | None = None
+    config: ClusterConfig,
+    specs: Sequence[RoleSpec] = (),
+    logs: Path | None = None,
+    preload: Sequence[str] = (),
 ) -> Iterator[Session]:
     """Ray for the duration of a `with`. Call it in the main thread: an embedded cluster dies with the thread
     that started it, which is also what leaves no process behind when this one is killed.
 
     `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. `logs` is a
-    folder that keeps what its processes have written (a running cluster keeps its own). SIGTERM inside the
+    folder that keeps what its processes have written (a running cluster keeps its own). `preload` is what
+    the roles' processes import (`warm_start.template`). SIGTERM inside the
     block goes to the program's own handler, or raises `SystemExit` where it has none, so that everything is
     closed. Raises `ClusterError`.
     """
     prepare_environment(config.token_file)
     _refuse_a_second_session()
-    opened = _attached(config) if config.address else _embedded(config, specs, logs)
+    opened = _attached(config) if config.address else _embedded(config, specs, logs, preload)
     handler = signal.getsignal(signal.SIGTERM)  # before Ray replaces it
     with opened as session, _sigterm_handled(handler if callable(handler) else _leave):
         yield session
 
 
 @contextlib.contextmanager
-def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | None) -> Iterator[Session]:
+def _embedded(
+    config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | None, preload: Sequence[str]
+) -> Iterator[Session]:
     prepare_embedded()
-    import ray  # after the environment is complete
-
     parent = Path(config.temp_dir or "/tmp")
     _remove_leftovers(parent)
     try:
@@ -115,18 +123,24 @@ def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | Non
             "Choose a folder that can be written.",
         ) from error
     try:
-        _init(
-            ray,
-            address="local",
-            num_cpus=config.num_cpus or logical_cpus(specs),
-            object_store_memory=config.object_store_memory_bytes or _default_store_bytes(),
-            include_dashboard=config.dashboard,
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
-        )
-        yield _session(ray, embedded=True)
+        with _template(config, specs, Path(folder), preload) as runtime_env:
+            import ray  # after the environment is complete
+
+            try:
+                _init(
+                    ray,
+                    address="local",
+                    num_cpus=config.num_cpus or logical_cpus(specs),
+                    object_store_memory=config.object_store_memory_bytes or _default_store_bytes(),
+                    include_dashboard=config.dashboard,
+                    runtime_env=runtime_env,
+                    _temp_dir=folder,
+                    _node_ip_address="127.0.0.1",
+                )
+                yield _session(ray, embedded=True)
+            finally:
+                ray.shutdown()
     finally:
-        ray.shutdown()
         _end_processes(folder)
         if logs is not None:
             with contextlib.suppress(OSError):  # a full disk must not hide why the session ends
@@ -134,11 +148,27 @@ def _embedded(config: ClusterConfig, specs: Sequence[RoleSpec], logs: Path | Non
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _template(
+    config: ClusterConfig, specs: Sequence[RoleSpec], folder: Path, preload: Sequence[str]
+) -> Iterator[dict[str, object]]:
+    """The runtime environment of workers: forked from a template where that pays."""
+    if not (config.warm_start and preload and pays(specs)):
+        yield {}
+        return
+    os.environ.update(NO_PRESTART)
+    with template(folder, preload) as executable:
+        yield {"py_executable": executable}
+
+
 def _keep_logs(folder: Path, logs: Path) -> None:
     """Copies what the role processes have written, and Ray's own errors; empty files are left out."""
     logs.mkdir(parents=True, exist_ok=True)
-    for pattern in ("worker-*.out", "worker-*.err", "gcs_server.err", "raylet.err"):
-        for file in folder.glob(f"session_*/logs/{pattern}"):
+    patterns = [
+        f"session_*/logs/{name}" for name in ("worker-*.out", "worker-*.err", "gcs_server.err", "raylet.err")
+    ]
+    for pattern in (LOG, *patterns):
+        for file in folder.glob(pattern):
             if not file.is_symlink() and file.stat().st_size:
                 shutil.copyfile(file, logs / file.name)
 

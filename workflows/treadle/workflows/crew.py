@@ -17,6 +17,7 @@ from treadle.actors.learner.config import LearnerConfig, OptimConfig
 from treadle.actors.learner.fresh import ModelShape
 from treadle.actors.learner.group import LearnerGroup
 from treadle.actors.learner.stepping import LearnerSpec
+from treadle.actors.preload import preload
 from treadle.actors.rollout.actor import RayWorker, ray_launch
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
@@ -44,6 +45,11 @@ def engine_specs(recipe: Recipe) -> tuple[RoleSpec, ...]:
 def role_specs(recipe: Recipe) -> tuple[RoleSpec, ...]:
     """What all roles of a recipe need of the cluster."""
     return (*engine_specs(recipe), LearnerGroup.role(recipe.learner))
+
+
+def preloads(recipe: Recipe) -> tuple[str, ...]:
+    """What the processes of all roles import."""
+    return preload(recipe.rollout, recipe.learner)
 
 
 def _rollouts(recipe: Recipe, placement: Placement, staleness: int = 0) -> RolloutPool:

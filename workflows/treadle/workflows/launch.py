@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from treadle.actors.preload import preload
 from treadle.actors.verify.config import VerifyConfig
 from treadle.cluster.ray_metrics import RayMetrics
 from treadle.cluster.recovery import RecoveryPolicy
@@ -26,7 +27,7 @@ from treadle.platform.ledger import Ledger
 from treadle.platform.records import WeightVersion
 from treadle.platform.tracking import RunTracker
 from treadle.workflows.configs import DistillConfig, GrpoConfig, SftConfig
-from treadle.workflows.crew import engine_specs, open_crew, open_engines, role_specs
+from treadle.workflows.crew import engine_specs, open_crew, open_engines, preloads, role_specs
 from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.evaluate import EvalReport, evaluate
 from treadle.workflows.folder import RunFolder, write_json
@@ -81,7 +82,7 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     try:
         with (
             Ledger.open(folder.ledger) as ledger,
-            open_session(recipe.cluster, role_specs(recipe), logs=folder.path / "logs"),
+            open_session(recipe.cluster, role_specs(recipe), folder.path / "logs", preloads(recipe)),
             RayMetrics(recipe.name) as metrics,
         ):
             tracker.mirror_to(metrics)
@@ -176,7 +177,7 @@ async def evaluate_folder(recipe: Recipe, model: Path) -> EvalReport:
     heldout = inputs.heldout
     assert heldout is not None
     recipe = replace(recipe, verify=_readied(recipe.verify, tokenizer, [inputs]))
-    with open_session(recipe.cluster, engine_specs(recipe)):
+    with open_session(recipe.cluster, engine_specs(recipe), preload=preload(recipe.rollout)):
         async with open_engines(recipe, str(model)) as (rollouts, verifiers):
             return await evaluate(
                 rollouts,

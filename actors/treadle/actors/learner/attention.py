@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.actors.learner.imports import without
+from treadle.actors.learner.imports import import_transformers
 from treadle.actors.learner.packing import PackedLayout
 from treadle.platform.errors import ConfigError
 
@@ -114,6 +114,4 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 def register() -> None:
     """Makes `attn_implementation="treadle_packed"` known to transformers. A name without a mask function
     means that the model builds no mask."""
-    with without("sklearn"):
-        from transformers import AttentionInterface
-    AttentionInterface.register(PACKED, packed_attention)
+    import_transformers().AttentionInterface.register(PACKED, packed_attention)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from treadle.actors.learner.imports import without
+from treadle.actors.learner.imports import import_transformers
 from treadle.platform.errors import ConfigError
 
 
@@ -31,10 +31,9 @@ class ModelShape:
 def random_model(shape: ModelShape, target: str, seed: int) -> None:
     """Writes config.json and model.safetensors in fp32 into the local folder `target`, which appears complete.
     The same seed gives the same bytes. Raises `ConfigError` for an architecture transformers does not know."""
-    import torch
+    import torch  # here: the driver knows `ModelShape` and needs neither
 
-    with without("sklearn", "pandas"):  # imported here: the driver knows `ModelShape` and needs neither
-        import transformers
+    transformers = import_transformers()
     try:
         config = transformers.AutoConfig.for_model(
             shape.architecture,

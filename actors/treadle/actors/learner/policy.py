@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.actors.learner.attention import LAYOUT, PACKED, register
-from treadle.actors.learner.imports import without
+from treadle.actors.learner.imports import import_transformers
 from treadle.actors.learner.packing import PackedBatch
 from treadle.kernels.linear_logprob import linear_logprob
 from treadle.platform.errors import ConfigError, DataError
@@ -116,8 +116,7 @@ def load_policy(
 ) -> PolicyModel:
     """The policy of a Hugging Face folder. `packed` falls back to padded batches for a model that does not
     use the attention interface. Dropout is off: a step must be a function of its batch."""
-    with without("sklearn"):
-        import transformers
+    transformers = import_transformers()
     transformers.utils.logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise DataError(

@@ -6,10 +6,8 @@ numpy nor ray nor torch, and is forked from one that does not either (`fork_serv
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
-import signal
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -24,22 +22,8 @@ RETIRED = 75
 """Exit status after a completion exhausted the memory: what the heap looks like then is anyone's guess."""
 FLUSH_AFTER_S = 0.005
 """Finished scores wait this long for company: fast batches answer in one frame, slow ones one by one."""
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
 _OUTPUT_BYTES = 2**20
 _OPEN_FILES = 64
-
-
-def die_with(parent: int) -> None:
-    """Ends this process with its parent, also when the parent is killed or died before this call."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-def name_process(name: str) -> None:
-    """What `ps` and `top` show: at most 15 characters."""
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def limit_resources(memory_bytes: int) -> None:

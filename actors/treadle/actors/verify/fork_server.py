@@ -17,9 +17,10 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from treadle.actors.verify.child import Judge, describe, die_with, limit_resources, name_process
+from treadle.actors.verify.child import Judge, describe, limit_resources
 from treadle.actors.verify.composite import CompositeVerifier, ScoringSpec, make_composite
 from treadle.actors.verify.frames import MAX_PACKET_BYTES, Channel, Progress
+from treadle.platform.processes import die_with, name_process
 
 if TYPE_CHECKING:
     from treadle.platform.records import Json
