@@ -11,6 +11,7 @@ import pytest
 from tests.actors.rollout.tiny_models import issue
 from tests.fakes import FakeEngine, LocalWorker, local_launch, weights_of
 
+from treadle.actors.replaced import Replaced
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
@@ -99,9 +100,14 @@ def test_a_failed_engine_is_replaced() -> None:
 
     async def use(pool: RolloutPool) -> None:
         bench.fail_at_step = -1  # only the first engine fails
+        told: list[Replaced] = []
+        pool.told = told.append
         drawn = await pool.draw(issue("a", max_new_tokens=40))
         assert drawn.id == "test/a"
         assert pool.restarts == 1
+        assert [(one.role, one.name) for one in told] == [("rollout", "rollout-0")]
+        assert "fail" in told[0].cause
+        assert told[0].seconds > 0
 
     bench.run(use)
 

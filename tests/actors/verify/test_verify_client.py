@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.actors.verify.pool_helpers import ODD, children, odd_config, statuses
 
+from treadle.actors.replaced import Replaced
 from treadle.actors.verify.asked import JudgeRequest
 from treadle.actors.verify.client import ActorLostError, VerifierPool
 from treadle.actors.verify.config import VerifyConfig
@@ -110,11 +111,14 @@ def test_groups_are_spread_over_the_actors() -> None:
 
 def test_a_group_whose_actor_dies_is_judged_by_its_replacement() -> None:
     async def body(client: VerifierPool, handles: list[LocalHandle]) -> tuple[Verdict, ...]:
+        told: list[Replaced] = []
+        client.told = told.append
         waiting = [asyncio.create_task(client.judge(drawn("sleep 0.3", "ok"))) for _ in range(3)]
         await asyncio.sleep(0.1)
         handles[0].kill()
         answers = await asyncio.gather(*waiting)
         assert len(handles) == 2
+        assert [(one.role, one.name) for one in told] == [("verify", "verify-0")]
         assert all(statuses(answer) == ["scored", "scored"] for answer in answers)
         assert statuses(await client.judge(drawn("ok"))) == ["scored"]
         assert client.stats().scored == 7

@@ -18,6 +18,7 @@ from treadle.actors.learner.fresh import ModelShape
 from treadle.actors.learner.group import LearnerGroup
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.actors.preload import preload
+from treadle.actors.replaced import Told, tell_nobody
 from treadle.actors.rollout.actor import RayWorker, ray_launch
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
@@ -90,6 +91,7 @@ class Crew:
         self._verifiers = _verifiers(recipe, placement)
         self._broadcast: Broadcaster | None = None
         self._engines: asyncio.Task[None] | None = None
+        self._told: Told = tell_nobody
         self._model = ""
 
     @property
@@ -102,6 +104,10 @@ class Crew:
             broadcast=self._broadcast or _NoBroadcast(),
             ranks=self._recipe.learner.ranks,
         )
+
+    def tell(self, told: Told) -> None:
+        """From now on `told` hears of every process that a role has replaced by itself."""
+        self._told = self._rollouts.told = self._verifiers.told = told
 
     async def start_learner(self) -> None:
         """Raises `LearnerError` or `DeadlineError` if the ranks do not come up."""
@@ -159,6 +165,7 @@ class Crew:
         if self._broadcast is None:
             launch = self._launch_coordinator
             self._broadcast = Broadcaster(launch(), self._recipe.broadcast, launch=launch)
+            self._broadcast.told = self._told
             self._rollouts.catch_up = self._catch_up
         self._broadcast.probe = self._probe(model)
         await self._broadcast.register()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from treadle.actors.replaced import Replaced
 from treadle.platform.config import fingerprint
 from treadle.platform.errors import ConfigError, FencedError
 from treadle.platform.ledger import Ledger
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+REPLACED = "replaced"
+
+
 class Run:
     """What a stage needs of its surroundings. Opened by `launch.open_run`."""
 
@@ -52,6 +56,7 @@ class Run:
         self.first_step_s: float | None = None
         self.steps = 0
         self.recoveries = 0
+        self.replacements: dict[str, int] = {}
         self._journals: dict[str, Journal] = {}
         self._started, self._stage_started = started, started
         self._model = ""
@@ -70,6 +75,15 @@ class Run:
         if self.first_step_s is None:
             self.first_step_s = self.wall_s
             self.crew.start_engines(self._model)
+
+    def replaced(self, what: Replaced) -> None:
+        """A role has replaced one of its processes; nothing of the stage was lost."""
+        self.replacements[what.role] = self.replacements.get(what.role, 0) + 1
+        self.tracker.say(f"{what.name} was replaced within {what.seconds:.1f} s: {what.cause}")
+        self.tracker.event(
+            REPLACED,
+            {"role": what.role, "name": what.name, "message": what.cause, "seconds": round(what.seconds, 3)},
+        )
 
     def doing(self) -> tuple[str, int, str, float]:
         """The newest stage, the step it is at, the phase of that step and for how many seconds."""

@@ -19,6 +19,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "steps": sum(output.steps for output in trained),
         "wall_s": run.wall_s,
         "recoveries": run.recoveries,
+        "replacements": run.replacements,
         "time_to_first_step_s": run.first_step_s,
         "eval": {o.stage: o.evaluation.as_json() for o in trained if o.evaluation is not None},
         "samples": _samples(run),

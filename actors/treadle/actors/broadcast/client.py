@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.probe import Probe
+from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.platform.errors import BroadcastError, TreadleError
 from treadle.platform.metric_names import MISMATCH_MAX
 from treadle.platform.records import PublishReport, WeightVersion
@@ -43,6 +45,7 @@ class Broadcaster:
         self._coordinator = coordinator
         self._launch = launch
         self.restarts = 0
+        self.told: Told = tell_nobody
         self._config = config
         self.probe = probe
         self._token = 0
@@ -68,6 +71,7 @@ class Broadcaster:
         same version again. Raises `BroadcastError`, `MismatchError` or `DeadlineError`; see `Coordinator.publish` and
         `Probe.compare`.
         """
+        lost: list[tuple[float, str]] = []
         while True:
             try:
                 report = await self._published_by_coordinator(step)
@@ -76,9 +80,13 @@ class Broadcaster:
                 if self._launch is None or self.restarts >= self._config.max_restarts:
                     raise
                 _LOG.warning("broadcast: replacing the coordinator: %s", error)
+                lost.append((time.monotonic(), error.message))
                 self.close()
                 self._coordinator, self._token = self._launch(), 0
                 self.restarts += 1
+        for noticed_s, cause in lost:
+            seconds = time.monotonic() - noticed_s
+            self.told(Replaced(role="coordinator", name="coordinator", cause=cause, seconds=seconds))
         self._version = report.version
         every = self._config.probe_every
         due = self.probe is not None and every > 0 and self._published % every == 0 and report.adopted

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindError
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
@@ -48,6 +49,7 @@ class RolloutPool:
         self, config: RolloutConfig, launch: Launch, catch_up: CatchUp | None = None, max_lag_steps: int = 0
     ) -> None:
         self.catch_up = catch_up
+        self.told: Told = tell_nobody
         self.max_lag_steps = max_lag_steps
         self._config = config
         self._launch = launch
@@ -219,9 +221,10 @@ class RolloutPool:
             self._fail(error)
             return
         fresh = self._add(member.name)
-        self._spawn(self._bring_back(fresh))
+        self._spawn(self._bring_back(fresh, cause.message))
 
-    async def _bring_back(self, member: Member) -> None:
+    async def _bring_back(self, member: Member, cause: str) -> None:
+        noticed_s = time.monotonic()
         try:
             loaded: object = None
             while loaded is not self._model:  # it may be switched meanwhile
@@ -235,6 +238,8 @@ class RolloutPool:
             return
         member.ready = True
         self._announce()
+        seconds = time.monotonic() - noticed_s
+        self.told(Replaced(role="rollout", name=member.name, cause=cause, seconds=seconds))
         await self._watch(member)
 
     async def _load_current(self, member: Member) -> None:

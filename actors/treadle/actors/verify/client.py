@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.verify.asked import JudgeRequest, judge_request
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.verdicts import VerdictCounter, VerifyStats, unscored
@@ -62,6 +64,7 @@ class VerifierPool:
         self._counter = VerdictCounter()
         self._respawns_left = config.respawns
         self.hedged = 0
+        self.told: Told = tell_nobody
 
     async def start(self) -> None:
         """Starts the actors. Raises `VerifierError` when one cannot start, after ending the others."""
@@ -171,9 +174,14 @@ class VerifierPool:
             async with asyncio.timeout(PING_DEADLINE_S):
                 await suspect.ping()
         except (TimeoutError, RoleError) as error:
-            _LOG.warning("verify: replacing an actor that does not answer: %s", error)
+            noticed_s = time.monotonic()
+            cause = str(error) or f"it did not answer a ping within {PING_DEADLINE_S:g} s"
+            _LOG.warning("verify: replacing an actor: %s", cause)
             suspect.kill()
             slot.handle = await self._replacement(slot.index)
+            if slot.handle is not None:
+                seconds = time.monotonic() - noticed_s
+                self.told(Replaced(role="verify", name=f"verify-{slot.index}", cause=cause, seconds=seconds))
 
     async def _replacement(self, index: int) -> VerifyHandle | None:
         while self._respawns_left > 0:
