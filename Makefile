@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test unit lint oracle bench bench-verify bench-weights verify-hostile reproduce-demo clean
+.PHONY: help demo test unit lint oracle bench bench-verify bench-weights chaos verify-hostile reproduce-demo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -23,14 +23,14 @@ demo: $(VENV)/.core ## Set up .venv and train the miniature R1 into runs/demo (a
 
 # A process per part: what one leaves behind (process groups, Ray's environment) cannot reach the next. Three at
 # a time on two cores, because most of them wait for processes to start.
-PYTEST := $(BIN)/python -m pytest -q -m "not oracle and not hostile"
+PYTEST := $(BIN)/python -m pytest -q -m "not oracle and not hostile and not chaos"
 PARTS := kills runs cluster learner plain rollout verify broadcast backends
 test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
 	$(MAKE) --no-print-directory -k -j3 -Otarget $(PARTS:%=test-%)
 
 test-kills: TESTS := e2e/test_kill_and_resume.py
 test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk)
-test-plain: TESTS := actors/test_mail.py platform workflows kernels dashboards benchmarks test_packaging.py
+test-plain: TESTS := actors/test_mail.py actors/test_deaths.py platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py
 test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py contracts/test_transport_contract.py
 test-rollout: TESTS := actors/rollout contracts/test_engine_contract.py contracts/test_rollouts_contract.py
@@ -40,7 +40,7 @@ test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recove
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 
-NOTHING_STARTED := not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow and not hostile
+NOTHING_STARTED := not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow and not hostile and not chaos
 unit: $(VENV)/.dev ## The tests that start nothing: under 90 s
 	$(MAKE) --no-print-directory -k -j2 -Otarget unit-actors unit-rest
 
@@ -64,6 +64,11 @@ bench: $(VENV)/.dev ## Measure, side by side with what is claimed against; write
 verify-hostile: $(VENV)/.dev ## All hostile texts and programs, in every sandbox, as root and as nobody (a quarter of an hour)
 	$(BIN)/python -m pytest -q tests/actors/verify/test_hostile_text.py tests/actors/verify/programs
 
+chaos: export TREADLE_CHAOS_OUT = chaos.json
+chaos: $(VENV)/.dev ## The failure matrix, a test per row; writes chaos.json
+	rm -f chaos.json
+	$(BIN)/python -m pytest -q -m chaos tests; status=$$?; $(BIN)/python -m tests.chaos.book; exit $$status
+
 bench-verify: $(VENV)/.dev ## The verifiers alone: against math-verify, with hostile company, and programs
 	$(BIN)/python -m tests.benchmarks.bench_verify
 	$(BIN)/python -m tests.benchmarks.bench_programs
@@ -75,4 +80,4 @@ reproduce-demo: $(VENV)/.core ## The demo with three seeds, and with shuffled re
 	$(BIN)/python -m tests.benchmarks.reproduce_demo
 
 clean: ## Remove the environment and all runs
-	rm -rf $(VENV) runs bench.json kernels/treadle/kernels/*.so
+	rm -rf $(VENV) runs bench.json chaos.json kernels/treadle/kernels/*.so

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,9 @@ class RunningCluster:
     token: str
     folder: Path
     metrics: str  # the head's figures, for Prometheus
+    nodes: Sequence[
+        subprocess.Popen[bytes]
+    ] = ()  # the head first; `end_node` kills one with all its processes
 
     def environment(self, token: str | None = None) -> dict[str, str]:
         """The environment of a process that uses the cluster; another or no token ("") on request."""
@@ -70,38 +73,41 @@ def clean_environment(home: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def two_node_cluster(head: Node = HEAD, second: Node = SECOND) -> Iterator[RunningCluster]:
     """Starts head (with dashboard) and second node; ready when both are alive."""
+    with cluster_of(head, second) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def cluster_of(head: Node, *others: Node, **settings: str) -> Iterator[RunningCluster]:
+    """Starts the head (with dashboard) and the other nodes; ready when all are alive. `settings` are environment
+    variables of all nodes."""
     folder = Path(tempfile.mkdtemp(prefix="trc", dir="/tmp"))
     port, dashboard_port, client_port, metrics_port = free_ports(4)
-    token = secrets.token_hex(32)
+    started: list[subprocess.Popen[bytes]] = []
     cluster = RunningCluster(
         address=f"127.0.0.1:{port}",
         dashboard=f"http://127.0.0.1:{dashboard_port}",
-        token=token,
+        token=secrets.token_hex(32),
         folder=folder,
         metrics=f"http://127.0.0.1:{metrics_port}/metrics",
+        nodes=started,
     )
-    env = {**cluster.environment(), "RAY_AUTH_MODE": "token"}
-    started: list[subprocess.Popen[bytes]] = []
+    env = {**cluster.environment(), "RAY_AUTH_MODE": "token", **settings}
+    first = [
+        *("--head", f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"),
+        *(f"--ray-client-server-port={client_port}", f"--metrics-export-port={metrics_port}"),
+        "--include-dashboard=true",
+    ]
     try:
-        first = [
-            "--head",
-            f"--port={port}",
-            f"--dashboard-port={dashboard_port}",
-            "--dashboard-host=127.0.0.1",
-        ]
-        first += [
-            f"--ray-client-server-port={client_port}",
-            f"--metrics-export-port={metrics_port}",
-            "--include-dashboard=true",
-        ]
         started.append(_start(head, first, env, folder, "head"))
         _wait_for(cluster, 1, started, folder)
-        started.append(_start(second, [f"--address={cluster.address}"], env, folder, "second"))
-        _wait_for(cluster, 2, started, folder)
+        for number, node in enumerate(others, 2):
+            started.append(_start(node, [f"--address={cluster.address}"], env, folder, f"node{number}"))
+        _wait_for(cluster, 1 + len(others), started, folder)
         yield cluster
     finally:
         for process in reversed(started):
-            _end(process)
+            end_node(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -154,7 +160,7 @@ def _wait_for(
     raise AssertionError(f"the cluster did not come up with {nodes} nodes:\n{logs}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_node(process: subprocess.Popen[bytes]) -> None:
     """Ends the node: the process started here and its descendants, by id."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,20 @@ def test_the_first_passage_is_the_default_and_a_star_means_every_one() -> None:
     arm({ENV: f"{POINT}=corrupt; rollout.before_draw=corrupt@*"})
     assert [failpoint(POINT) for _ in range(2)] == [True, False]
     assert [failpoint("rollout.before_draw") for _ in range(3)] == [True] * 3
+
+
+def test_a_fault_for_one_subject_leaves_the_others_alone() -> None:
+    arm({ENV: "rollout.mid_generation[rollout-1]=corrupt@2"})
+    passed = [
+        failpoint("rollout.mid_generation", name)
+        for name in ("rollout-0", "rollout-1", "rollout-0", "rollout-1")
+    ]
+    assert passed == [False, False, False, True]
+    arm({ENV: "rollout.mid_generation=corrupt@2"})
+    passed = [
+        failpoint("rollout.mid_generation", name) for name in ("rollout-0", "rollout-1", "rollout-0", "")
+    ]
+    assert passed == [False, True, False, False], "without a subject all passages count"
 
 
 def test_raise_names_the_point() -> None:
@@ -124,6 +139,18 @@ def test_kill_ends_a_real_process_without_cleaning_up() -> None:
 
 def test_exit_leaves_with_the_given_code() -> None:
     assert _run(f"failpoint('{POINT}')", **{ENV: f"{POINT}=exit:7"}).returncode == 7
+
+
+def test_a_frozen_process_goes_on_when_it_is_told_to(tmp_path: Path) -> None:
+    environ = {**os.environ, ENV: f"{POINT}=freeze", ENV_ONCE: str(tmp_path)}
+    code = f"from treadle.platform.failpoints import failpoint; failpoint('{POINT}'); print('thawed')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True
+    ) as process:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert [file.read_text() for file in tmp_path.iterdir()] == [str(process.pid)]
+        os.kill(process.pid, signal.SIGCONT)
+        assert process.communicate(timeout=30)[0] == "thawed\n"
 
 
 def test_once_lets_the_restarted_process_live(tmp_path: Path) -> None:

@@ -13,10 +13,14 @@ default, `*` for every time). Actions:
     exit[:code]     leave at once with that code (1), without cleaning up
     raise[:text]    `FailpointError`
     sleep:seconds   block the calling thread, as a hung system call would
+    freeze          SIGSTOP to the own process: it does nothing at all until somebody sends SIGCONT
     corrupt         `failpoint` returns True, and the caller damages what it is about to hand on
 
+Some points have a subject: the worker's name, the rank, the prompt. `name[subject]=action` happens only for that one,
+and its passages are counted for themselves: `rollout.before_draw[sum-12]=kill@*` is a prompt that ends every worker.
+
 With TREADLE_FAILPOINTS_ONCE=<folder> each fault happens once in all processes together: a file in the folder
-remembers it, so that a role which is killed and restarted does not die forever.
+remembers it with the process's id, so that a role which is killed and restarted does not die forever.
 
 All points are listed in `POINTS`; a fault for any other name is refused, since a misspelt fault would let a
 chaos test pass without testing anything.
@@ -47,13 +51,16 @@ POINTS: dict[str, str] = {
     "driver.after_checkpoint": "the checkpoint is committed",
     "checkpoint.before_manifest": "all shards are on the disk, the manifest is not",
     "checkpoint.before_marker": "the manifest is on the disk, the marker is not",
-    "learner.before_step": "a rank is about to work on a step",
+    "mirror.before_manifest": "a commit's files are in the mirror, their manifest is not",
+    "mirror.before_commit": "the manifest is in the mirror, the commit's entry in its log is not",
+    "learner.before_step": "a rank is about to work on a step; subject: the rank",
+    "learner.poisoned_loss": "a micro-batch's loss is known; `corrupt` makes it NaN",
     "learner.after_backward": "gradients are there, the weights are not updated",
     "learner.after_optimizer_step": "weights are updated, the report has not left the rank",
     "learner.before_save": "a rank is about to write a checkpoint",
     "learner.mid_save": "some of a checkpoint's shards are written",
-    "rollout.before_draw": "a worker took a group",
-    "rollout.mid_generation": "between two decode steps",
+    "rollout.before_draw": "a worker took a group; subject: the prompt",
+    "rollout.mid_generation": "between two decode steps; subject: the worker",
     "rollout.before_return": "a group is drawn, the driver does not know",
     "rollout.before_stage": "a worker is about to fetch weights",
     "rollout.before_flip": "weights are staged, not adopted",
@@ -72,6 +79,7 @@ _ACTIONS = {
     "exit": False,
     "raise": False,
     "sleep": True,
+    "freeze": False,
     "corrupt": False,
 }  # needs an argument?
 _log = logging.getLogger(__name__)
@@ -79,16 +87,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that goes wrong. `hit` is the passage it happens on, 0 for all."""
+    """One thing that goes wrong. `hit` is the passage it happens on, 0 for all; `subject` is empty for any."""
 
     name: str
     action: str
     argument: str
     hit: int
+    subject: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.name}={self.action}@{self.hit or 'all'}"
+        subject = f"[{self.subject}]" if self.subject else ""
+        return f"{self.name}{subject}={self.action}@{self.hit or 'all'}".replace("/", "_")
 
 
 class Faults:
@@ -99,22 +109,27 @@ class Faults:
         for fault in faults:
             self._by_name.setdefault(fault.name, []).append(fault)
         self._once = once
-        self._hits: dict[str, int] = {}
+        self._hits: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return sum(map(len, self._by_name.values()))
 
-    def hit(self, name: str) -> bool:
+    def hit(self, name: str, subject: str = "") -> bool:
         """Counts a passage and does what is due; True asks the caller to corrupt."""
         due = self._by_name.get(name)
         if due is None:
             return False
         with self._lock:
-            self._hits[name] = count = self._hits.get(name, 0) + 1
+            counts = {of: self._hits.get((name, of), 0) + 1 for of in {"", subject}}
+            self._hits.update({(name, of): count for of, count in counts.items()})
         corrupt = False
         for fault in due:
-            if fault.hit in (0, count) and self._first_time(fault):
+            if (
+                fault.subject in counts
+                and fault.hit in (0, counts[fault.subject])
+                and self._first_time(fault)
+            ):
                 corrupt = _act(fault) or corrupt
         return corrupt
 
@@ -123,7 +138,8 @@ class Faults:
             return True
         self._once.mkdir(parents=True, exist_ok=True)
         try:
-            (self._once / fault.label).touch(exist_ok=False)
+            with (self._once / fault.label).open("x") as file:
+                file.write(str(os.getpid()))
         except FileExistsError:
             return False
         return True
@@ -133,6 +149,8 @@ def _act(fault: Fault) -> bool:
     _log.warning("failpoint %s in process %d", fault.label, os.getpid())
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.action == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.action == "exit":
         os._exit(int(fault.argument or 1))
     elif fault.action == "raise":
@@ -143,8 +161,10 @@ def _act(fault: Fault) -> bool:
 
 
 def parse_fault(name: str, text: str) -> Fault:
-    """`action[:argument][@n]` for one point. Raises `ConfigError` for anything that would do nothing."""
-    name = name.strip()
+    """`action[:argument][@n]` for one point, `name` or `name[subject]`. Raises `ConfigError` for anything that would do
+    nothing."""
+    name, _, rest = name.strip().partition("[")
+    subject = rest.removesuffix("]")
     if name not in POINTS:
         close = difflib.get_close_matches(name, POINTS, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
@@ -161,7 +181,8 @@ def parse_fault(name: str, text: str) -> Fault:
         raise ConfigError(
             f"failpoint {name}={text}: {argument!r} is no argument of {action}.", "Write e.g. sleep:2.5."
         )
-    return Fault(name=name, action=action, argument=argument, hit=0 if times == "*" else int(times or 1))
+    hit = 0 if times == "*" else int(times or 1)
+    return Fault(name=name, action=action, argument=argument, hit=hit, subject=subject)
 
 
 def _fits(action: str, argument: str) -> bool:
@@ -217,11 +238,12 @@ class _Armed:
     faults: Faults | None = None
 
 
-def failpoint(name: str) -> bool:
-    """Marks a point where faults can be ordered. Costs two look-ups while none is ordered."""
+def failpoint(name: str, subject: str = "") -> bool:
+    """Marks a point where faults can be ordered, for one `subject` if the point has any. Costs two look-ups while none
+    is ordered."""
     if not _Armed.loaded:
         arm()
-    return _Armed.faults is not None and _Armed.faults.hit(name)
+    return _Armed.faults is not None and _Armed.faults.hit(name, subject)
 
 
 def arm(environ: Mapping[str, str] | None = None) -> None:

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.probe import Probe
+from treadle.actors.deaths import why
 from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.platform.errors import BroadcastError, TreadleError
 from treadle.platform.metric_names import MISMATCH_MAX
@@ -139,6 +140,6 @@ class Broadcaster:
             ) from error
         except RayActorError as error:
             raise CoordinatorLostError(
-                f"broadcast.{method}: the weight coordinator has died ({str(error).splitlines()[0]}).",
+                f"broadcast.{method}: the weight coordinator has died ({why(error)}).",
                 "Start the run again with `treadle resume`.",
             ) from error

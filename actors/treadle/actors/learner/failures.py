@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from ray.exceptions import RayActorError, RayTaskError
 
+from treadle.actors.deaths import why
 from treadle.platform.errors import LearnerError, TreadleError
 
 GRACE_S = 5.0
@@ -22,9 +23,10 @@ def diagnose(what: str, failures: Sequence[RankFailure | None], phases: str) -> 
     failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
     dead = [rank for rank, failure in failed if isinstance(failure, RayActorError)]
     if dead:
-        cause = str(failures[dead[0]]).strip().splitlines()[0]
+        first_death = failures[dead[0]]
+        assert isinstance(first_death, RayActorError)
         return LearnerError(
-            f"learner.{what}: rank {', '.join(map(str, dead))} died ({cause}). {phases}",
+            f"learner.{what}: rank {', '.join(map(str, dead))} died ({why(first_death)}). {phases}",
             "Resume from the last checkpoint; look at the rank's log and for a lack of memory.",
         )
     causes = [(rank, _cause(failure)) for rank, failure in failed]

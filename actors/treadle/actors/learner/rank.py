@@ -96,7 +96,7 @@ class LearnerRank:
             )
         start = time.perf_counter()
         self.phase = "opening references"
-        failpoint("learner.before_step")
+        failpoint("learner.before_step", str(self.rank))
         samples = train_samples(row, self._resolve)
         running = Step(self._stage, step, temperature, self._say)
         grad_norm, skipped = running.run(samples)

@@ -150,6 +150,8 @@ class Step:
             )
         )
         loss = (batch.weights * result.losses).sum()
+        if failpoint("learner.poisoned_loss"):
+            loss = loss * torch.nan
         if not batch.is_dummy:
             self._count(batch, output.entropy, old, result.metrics, loss)
         # A loss of NaN or infinity need not reach every gradient; made to, the guard on the gradient norm

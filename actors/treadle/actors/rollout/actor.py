@@ -10,6 +10,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
+from treadle.actors.deaths import why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import DrawnGroup
@@ -138,7 +139,7 @@ async def _answer(reference: Any) -> Any:
     try:
         return await reference
     except (RayActorError, ActorUnschedulableError) as error:
-        raise WorkerDiedError(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
+        raise WorkerDiedError(why(error)) from error
     except RayTaskError as error:
         if isinstance(error.cause, TreadleError):
             raise error.cause from error

@@ -201,7 +201,7 @@ class EngineLoop:
 
     def _advance(self, engine: Engine) -> None:
         try:
-            failpoint("rollout.mid_generation")
+            failpoint("rollout.mid_generation", self.name)
             for finished in engine.step():
                 self._collect(finished)
             self.progress += 1

@@ -68,7 +68,7 @@ class RolloutWorker:
         Raises `DataError` for a prompt that cannot fit, `WorkerBehindError` when the weights are older,
         `EngineFailedError` when the engine failed; never returns fewer samples than asked for.
         """
-        failpoint("rollout.before_draw")
+        failpoint("rollout.before_draw", issue.prompt.id)
         return await asyncio.wrap_future(self._loop.draw(issue, min_version_step))
 
     async def stage(self, manifest: WeightManifest, ticket: object) -> str:

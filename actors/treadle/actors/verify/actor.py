@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
+from treadle.actors.deaths import why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.verify.asked import JudgeRequest
 from treadle.actors.verify.client import ActorLostError, VerifierPool, VerifyHandle
@@ -129,8 +130,7 @@ async def _answer(reference: Any, doing: str) -> Any:
     try:
         return await reference
     except (RayActorError, ActorUnschedulableError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ActorLostError(f"verify, {doing}: {type(error).__name__}: {text}.") from error
+        raise ActorLostError(f"verify, {doing}: {why(error)}.") from error
     except RayTaskError as error:
         if isinstance(error.cause, RoleError):
             raise error.cause from error

@@ -1,0 +1,30 @@
+"""Why an actor is gone, in one clause, out of what Ray says about it in a page."""
+
+from __future__ import annotations
+
+import re
+
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayError
+
+_PID = re.compile(r"\bpid: (\d+)")
+_EXIT = re.compile(r"Worker exit type: (\w+)")
+_OF_THE_NODE = ("node has died", "node was dead", "node is dead")
+
+
+def why(error: RayError) -> str:
+    """What happened to the actor's process, e.g. "its process 4711 was killed or crashed"."""
+    text = " ".join(str(error).split())
+    pid, exited = _PID.search(text), _EXIT.search(text)
+    kind = exited[1] if exited else ""
+    if kind == "NODE_OUT_OF_MEMORY":
+        return "its node ran out of memory, and Ray ended its process"
+    if any(words in text for words in _OF_THE_NODE):
+        return "its node died"
+    if isinstance(error, ActorUnschedulableError):
+        return f"it cannot be placed: {text[:200]}"
+    if isinstance(error, ActorUnavailableError):
+        return "it cannot be reached at the moment"
+    process = f"its process {pid[1]}" if pid else "its process"
+    if kind == "SYSTEM_ERROR":
+        return f"{process} was killed or crashed"
+    return f"{process} ended ({kind})" if kind else text.split(". ")[0][:200]

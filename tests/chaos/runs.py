@@ -1,0 +1,136 @@
+"""Runs with faults ordered at failpoints, and what their ledger, samples and weights say afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from safetensors import safe_open
+from tests.chaos.book import Account
+from tests.e2e.programs import TINY, WITH_PROMPTS, Ended, patiently, summary_of
+
+from treadle.platform.metric_names import MISMATCH_MAX
+
+PATIENT = (
+    "recovery.max_recoveries=40",
+    "rollout.max_restarts=40",
+    "broadcast.max_restarts=40",
+    "verify.respawns=40",
+)
+"""The suite is a restart storm; what caps storms has tests of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chaos:
+    """A run that has ended, and when each of its faults happened (Unix seconds, by the fault's label)."""
+
+    folder: Path
+    ended: Ended
+    faults: dict[str, float]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Fields of all events of a kind, with their time."""
+        lines = [json.loads(line) for line in (self.folder / "events.jsonl").read_text().splitlines()]
+        return [{**line["fields"], "time": line["time"]} for line in lines if line["kind"] == kind]
+
+    def recoveries_s(self, role: str) -> list[float]:
+        """From each fault to the end of the replacement that came after it."""
+        kinds = {"learner": "recovery"}
+        ends = sorted(
+            e["time"] for e in self.events(kinds.get(role, "replaced")) if e.get("role", role) == role
+        )
+        return [
+            min(end for end in ends if end >= at) - at
+            for at in self.faults.values()
+            if ends and ends[-1] >= at
+        ]
+
+    def metrics(self, name: str) -> list[float]:
+        """A figure of every step that has it."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line["metrics"][name] for line in lines if name in line["metrics"]]
+
+    def steps_resumed_s(self) -> list[float]:
+        """From each fault to the next step that was made, redone work included."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        times = sorted(line["time"] for line in lines)
+        return [min(t for t in times if t >= at) - at for at in self.faults.values() if times[-1] >= at]
+
+
+def chaotic(
+    folder: Path,
+    *faults: str,
+    settings: tuple[str, ...] = (),
+    once: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Chaos:
+    """A run of the tiny recipe in which each fault happens once in all processes together (or, with `once` off, in
+    every process that gets to it). The run must end well, and so must all of its processes."""
+    told = folder / "once"
+    told.mkdir(parents=True)
+    around = dict(environment or {})
+    if faults:
+        around["TREADLE_FAILPOINTS"] = ";".join(faults)
+    if once:
+        around["TREADLE_FAILPOINTS_ONCE"] = str(told)
+    words = ("run", str(TINY), WITH_PROMPTS, *PATIENT, *settings, "--dir", str(folder / "run"))
+    program, ended = patiently(*words, **around)
+    assert ended.code == 0, ended
+    assert program.all_gone(), program.survivors()
+    happened = {file.name: file.stat().st_mtime for file in told.iterdir()}
+    assert not once or len(happened) == len(faults), f"ordered {faults}, happened {sorted(happened)}"
+    return Chaos(folder=folder / "run", ended=ended, faults=happened)
+
+
+def first_step_after(folder: Path, since: float) -> float:
+    """Seconds from a moment (Unix) to the first step that was made after it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return min(line["time"] for line in lines if line["time"] > since) - since
+
+
+def account(folder: Path, *, staleness: int = 0) -> Account:
+    """The invariants of a finished run, from the ledger, the kept samples and the exported weights."""
+    samples = summary_of(folder)["samples"]
+    rows = [
+        row
+        for file in sorted((folder / "rollouts").glob("*.parquet"))
+        for row in pyarrow.parquet.read_table(file).to_pylist()
+    ]
+    assert rows, "the run kept no samples"
+    return Account(
+        issued=samples["issued"],
+        lost=samples["lost"] + samples["in_flight"],
+        doubled=samples["doubled"],
+        mixed=sum(row["version_oldest"] != row["version_newest"] for row in rows) if not staleness else 0,
+        stale=sum(row["step"] - row["version_oldest"] > staleness for row in rows),
+        poisoned=not_finite(folder) + sum(not finite for finite in _figures(folder)),
+    )
+
+
+def not_finite(folder: Path) -> int:
+    """Tensors of the exported weights with a NaN or an infinity."""
+    bad = 0
+    for file in (folder / "artifacts").rglob("*.safetensors"):
+        with safe_open(str(file), "pt") as tensors:
+            bad += sum(not bool(tensors.get_tensor(name).isfinite().all()) for name in tensors.keys())  # noqa: SIM118
+    return bad
+
+
+def _figures(folder: Path) -> list[bool]:
+    """Whether engine and learner agreed at each comparison with a finite figure."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [math.isfinite(line["metrics"].get(MISMATCH_MAX, 0.0)) for line in lines]
+
+
+def clean(found: Account) -> bool:
+    """Whether every invariant holds."""
+    return not (found.lost or found.doubled or found.mixed or found.stale or found.poisoned)
+
+
+def same_bits(folder: Path, undisturbed: Path) -> bool:
+    return bool(summary_of(folder)["weights_digest"] == summary_of(undisturbed)["weights_digest"])
