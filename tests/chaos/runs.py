@@ -35,8 +35,7 @@ class Chaos:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Fields of all events of a kind, with their time."""
-        lines = [json.loads(line) for line in (self.folder / "events.jsonl").read_text().splitlines()]
-        return [{**line["fields"], "time": line["time"]} for line in lines if line["kind"] == kind]
+        return events_of(self.folder, kind)
 
     def recoveries_s(self, role: str) -> list[float]:
         """From each fault to the end of the replacement that came after it."""
@@ -60,6 +59,21 @@ class Chaos:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         times = sorted(line["time"] for line in lines)
         return [min(t for t in times if t >= at) - at for at in self.faults.values() if times[-1] >= at]
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Fields of all events of a kind, with their time (Unix seconds)."""
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [{**line["fields"], "time": line["time"]} for line in lines if line["kind"] == kind]
+
+
+def mixed_and_stale(folder: Path, staleness: int = 0) -> tuple[int, int]:
+    """Kept samples that two versions drew (counted at η=0 only), and those older than η allows."""
+    files = sorted((folder / "rollouts").glob("*.parquet"))
+    rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+    assert rows, "the run kept no samples"
+    mixed = sum(row["version_oldest"] != row["version_newest"] for row in rows) if not staleness else 0
+    return mixed, sum(row["step"] - row["version_oldest"] > staleness for row in rows)
 
 
 def chaotic(
@@ -96,18 +110,13 @@ def first_step_after(folder: Path, since: float) -> float:
 def account(folder: Path, *, staleness: int = 0) -> Account:
     """The invariants of a finished run, from the ledger, the kept samples and the exported weights."""
     samples = summary_of(folder)["samples"]
-    rows = [
-        row
-        for file in sorted((folder / "rollouts").glob("*.parquet"))
-        for row in pyarrow.parquet.read_table(file).to_pylist()
-    ]
-    assert rows, "the run kept no samples"
+    mixed, stale = mixed_and_stale(folder, staleness)
     return Account(
         issued=samples["issued"],
         lost=samples["lost"] + samples["in_flight"],
         doubled=samples["doubled"],
-        mixed=sum(row["version_oldest"] != row["version_newest"] for row in rows) if not staleness else 0,
-        stale=sum(row["step"] - row["version_oldest"] > staleness for row in rows),
+        mixed=mixed,
+        stale=stale,
         poisoned=not_finite(folder) + sum(not finite for finite in _figures(folder)),
     )
 

@@ -56,10 +56,14 @@ class Program:
     folder: Path = REPOSITORY
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
+    def surroundings(self) -> dict[str, str]:
+        """The environment of the program, with its mark."""
+        return {**plain_environment(), **self.environment, MARK: self.mark}
+
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(TREADLE), *self.words],
-            env={**plain_environment(), **self.environment, MARK: self.mark},
+            env=self.surroundings(),
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -28,12 +28,15 @@ class PlainCrew:
 
     sick: frozenset[str] = frozenset({"learner"})
     replaced: int = 0
+    stillborn: int = 0
 
     async def broken(self) -> frozenset[str]:
         return self.sick
 
     async def replace_broken(self) -> None:
         self.replaced += 1
+        if self.replaced <= self.stillborn:
+            raise LearnerError(f"learner.start: rank 0 died, attempt {self.replaced}")
 
     async def doing(self) -> dict[str, str]:
         return {"learner-0": "does not answer"}
@@ -113,6 +116,20 @@ def test_a_step_that_fails_every_time_stops_the_run_with_the_first_cause(
         "again Not mended: it has failed 3 times after step 4; the first cause was: out of memory"
     )
     assert run.crew.replaced == 2
+
+
+def test_ranks_that_do_not_come_up_are_started_again_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path, PlainCrew(stillborn=1))
+    play(run, monkeypatch, LearnerError("rank 1 died"))
+    assert (run.crew.replaced, run.recoveries) == (2, 1)
+    never = PlainRun(tmp_path / "never", PlainCrew(stillborn=99))
+    (tmp_path / "never").mkdir()
+    with pytest.raises(
+        LearnerError, match=r"attempt 2 Not mended: it has failed 3 times .* was: rank 1 died"
+    ):
+        play(never, monkeypatch, LearnerError("rank 1 died"))
 
 
 def test_an_error_without_a_broken_role_is_the_runs_end_as_it_is(

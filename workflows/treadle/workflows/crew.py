@@ -214,7 +214,8 @@ class Crew:
         await asyncio.gather(self._rollouts.start(model), self._verifiers.start())
 
     async def _catch_up(self, name: str, worker: WorkerHandle) -> None:
-        assert self._broadcast is not None
+        if self._broadcast is None:
+            return  # the stage is going back to its commit; its first publication reaches this engine, too
         await self._broadcast.catch_up(name, _actor(worker))
 
     def _probe(self, model: str) -> Probe:

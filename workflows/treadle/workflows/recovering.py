@@ -25,29 +25,38 @@ async def play_stage(run: Run, name: str, config: StageConfig, policy: RecoveryP
         try:
             return await run_stage(run, name, config)
         except TreadleError as error:
-            failed_s = time.monotonic()
-            broken = await run.crew.broken()
-            if isinstance(error, RefusedError):  # it may have lost its mind, or the machine has
-                broken |= {"learner"}
-            failure = Failure(stage=name, step=run.step_of(name), error=error, broken=broken)
-            decision = policy.decide(failure)
-            if decision.action is Action.STOP:
-                if not decision.reason:
-                    raise
-                raise type(error)(f"{error.message} Not mended: {decision.reason}", error.remedy) from error
-            cause = f"{type(error).__name__}: {error.message}"
-            await record_failure(run, error)
-            run.tracker.say(f"{name}: {cause} {decision.reason}; going back to the newest commit")
+            await _mend(run, name, error, policy)
+
+
+async def _mend(run: Run, name: str, error: TreadleError, policy: RecoveryPolicy) -> None:
+    """New roles for the broken ones, or the failure that stops the run. New ranks that do not come up are one more
+    failure at the same step."""
+    failed_s, refused = time.monotonic(), isinstance(error, RefusedError)
+    while True:
+        broken = await run.crew.broken()
+        if refused:  # it may have lost its mind, or the machine has
+            broken |= {"learner"}
+        failure = Failure(stage=name, step=run.step_of(name), error=error, broken=broken)
+        decision = policy.decide(failure)
+        if decision.action is Action.STOP:
+            if not decision.reason:
+                raise error
+            raise type(error)(f"{error.message} Not mended: {decision.reason}", error.remedy) from error
+        cause = f"{type(error).__name__}: {error.message}"
+        await record_failure(run, error)
+        run.tracker.say(f"{name}: {cause} {decision.reason}; going back to the newest commit")
+        try:
             await run.crew.replace_broken()
-            run.recoveries += 1
-            run.tracker.event(
-                RECOVERY,
-                {
-                    "message": cause,
-                    "action": decision.action.value,
-                    "replaced": ", ".join(sorted(failure.broken)),
-                    "step": failure.step,
-                    "seconds": round(time.monotonic() - failed_s, 3),
-                },
-                stage=name,
-            )
+        except TreadleError as again:
+            error = again
+            continue
+        run.recoveries += 1
+        told = {
+            "message": cause,
+            "action": decision.action.value,
+            "replaced": ", ".join(sorted(failure.broken)),
+            "step": failure.step,
+            "seconds": round(time.monotonic() - failed_s, 3),
+        }
+        run.tracker.event(RECOVERY, told, stage=name)
+        return
