@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test unit lint oracle bench bench-verify bench-weights chaos verify-hostile reproduce-demo clean
+.PHONY: help demo test unit lint oracle bench bench-verify bench-weights chaos soak verify-hostile reproduce-demo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,7 +33,7 @@ test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents 
 test-plain: TESTS := actors/test_mail.py actors/test_deaths.py platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py
 test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py contracts/test_transport_contract.py
-test-rollout: TESTS := actors/rollout contracts/test_engine_contract.py contracts/test_rollouts_contract.py
+test-rollout: TESTS := actors/rollout e2e/test_weights.py $(patsubst %,contracts/test_%_contract.py,engine rollouts)
 test-learner: TESTS := actors/learner contracts/test_learner_contract.py
 test-backends: TESTS := contracts/test_learner_backend_contract.py
 test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recovery take_over)
@@ -64,6 +64,9 @@ bench: $(VENV)/.dev ## Measure, side by side with what is claimed against; write
 verify-hostile: $(VENV)/.dev ## All hostile texts and programs, in every sandbox, as root and as nobody (a quarter of an hour)
 	$(BIN)/python -m pytest -q tests/actors/verify/test_hostile_text.py tests/actors/verify/programs
 
+soak: $(VENV)/.dev ## Half an hour of faults at random; writes soak.json
+	$(BIN)/python -m tests.chaos.soak
+
 chaos: export TREADLE_CHAOS_OUT = chaos.json
 chaos: $(VENV)/.dev ## The failure matrix, a test per row; writes chaos.json
 	rm -f chaos.json
@@ -73,11 +76,12 @@ bench-verify: $(VENV)/.dev ## The verifiers alone: against math-verify, with hos
 	$(BIN)/python -m tests.benchmarks.bench_verify
 	$(BIN)/python -m tests.benchmarks.bench_programs
 
-bench-weights: $(VENV)/.dev ## The weight kernels: size of deltas, seconds of packing, comparing, applying
+bench-weights: $(VENV)/.dev ## Weights: size and speed of deltas, chains over slow links, real updates
 	$(BIN)/python -m tests.benchmarks.bench_kernels
+	$(BIN)/python -m tests.benchmarks.bench_weights
 
 reproduce-demo: $(VENV)/.core ## The demo with three seeds, and with shuffled rewards (a quarter of an hour)
 	$(BIN)/python -m tests.benchmarks.reproduce_demo
 
 clean: ## Remove the environment and all runs
-	rm -rf $(VENV) runs bench.json chaos.json kernels/treadle/kernels/*.so
+	rm -rf $(VENV) runs bench.json chaos.json soak.json kernels/treadle/kernels/*.so

@@ -17,7 +17,16 @@ from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
 from treadle.kernels.digest import state_digest
 from treadle.platform.contracts import Engine, EngineSample
 from treadle.platform.errors import DataError, MismatchError
-from treadle.platform.records import Drawn, Issue, Ref, Sample, StopReason, WeightManifest, WeightVersion
+from treadle.platform.records import (
+    Drawn,
+    Issue,
+    Ref,
+    Sample,
+    Staged,
+    StopReason,
+    WeightManifest,
+    WeightVersion,
+)
 from treadle.platform.seeds import derive_seed, uniforms
 
 
@@ -115,7 +124,7 @@ class LocalWorker:
         summary, group, texts = await self._alive(self.worker.draw(issue, min_version_step))
         return summary, _ready(group), _ready(texts)
 
-    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
+    async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
         return await self._alive(self.worker.stage(manifest, ticket))
 
     async def flip(self, version: WeightVersion) -> str:

@@ -21,6 +21,7 @@ BENCHES = (
     "bench_programs",
     "bench_step",
     "bench_verify",
+    "bench_weights",
 )
 
 

@@ -8,13 +8,14 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from tests.actors.broadcast.broadcast_fakes import FakeEngine, FakeRank
+import torch
+from tests.actors.broadcast.broadcast_fakes import FakeEngine, FakeRank, sparse_weights, weights
 from tests.actors.broadcast.test_probe import UnigramScorer
 
 from treadle.actors.broadcast.actor import CoordinatorActor
@@ -22,11 +23,12 @@ from treadle.actors.broadcast.client import Broadcaster
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.probe import Probe, probe_sequences
+from treadle.kernels.digest import state_digest
 from treadle.platform.contracts import Broadcast
 from treadle.platform.errors import BroadcastError, MismatchError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.metric_names import MISMATCH_MAX
-from treadle.platform.records import WeightManifest, WeightVersion
+from treadle.platform.records import Staged, WeightManifest, WeightVersion
 
 pytestmark = pytest.mark.ray
 
@@ -37,13 +39,16 @@ CONFIG = BroadcastConfig(
 
 @ray.remote(num_cpus=0)
 class Rank(FakeRank):
-    def publish(self, step: int, outgoing: Outgoing) -> Any:
-        return super().publish(step, outgoing)
+    def publish(self, step: int, outgoing: Outgoing, bases: Collection[str]) -> Any:
+        return super().publish(step, outgoing, bases)
+
+    def dense(self, step: int) -> Any:
+        return super().dense(step)
 
 
 @ray.remote(num_cpus=0)
 class Engine(FakeEngine):
-    def stage(self, manifest: WeightManifest, ticket: object) -> str:
+    def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
         return super().stage(manifest, ticket)
 
     def flip(self, version: WeightVersion) -> str:
@@ -52,6 +57,12 @@ class Engine(FakeEngine):
 
     def serves(self) -> tuple[int, set[int]]:
         return super().serves()
+
+    def bases(self) -> list[int | None]:
+        return [None if manifest.base is None else manifest.base.step for manifest in self.fetches]
+
+    def digest(self) -> str:
+        return state_digest(self.weights.items())
 
     def set_slow(self, slow_s: float) -> None:
         self.slow_s = slow_s
@@ -64,10 +75,14 @@ class Loom:
     """Two ranks of a model of demo size, two engines, the coordinator and its client."""
 
     def __init__(
-        self, config: BroadcastConfig = CONFIG, probe: Probe | None = None, faults: str = ""
+        self,
+        config: BroadcastConfig = CONFIG,
+        probe: Probe | None = None,
+        faults: str = "",
+        make: Callable[..., dict[str, torch.Tensor]] = weights,
     ) -> None:
         env = {"env_vars": {"TREADLE_FAILPOINTS": faults}} if faults else None
-        self.ranks = [Rank.remote(rank, tensors=26, size=128 * 128) for rank in range(2)]
+        self.ranks = [Rank.remote(rank, tensors=26, size=128 * 128, make=make) for rank in range(2)]
         doomed = Engine.options(runtime_env=env) if env else Engine
         self.engines = {"rollout-0": Engine.remote("rollout-0"), "rollout-1": doomed.remote("rollout-1")}
         self.coordinator = CoordinatorActor.remote(config, self.ranks, self.engines)
@@ -194,18 +209,67 @@ def test_a_slow_engine_keeps_its_version_and_a_corrupted_one_fetches_again(ray_s
     loom.close()
 
 
-def test_no_engine_a_dead_rank_and_a_dead_coordinator_are_errors(ray_session: None) -> None:
+@pytest.mark.parametrize("transport", ["object_store", "gloo"])
+def test_deltas_reach_other_processes_and_an_engine_that_joins_gets_everything(
+    ray_session: None, transport: str
+) -> None:
+    config = dataclasses.replace(CONFIG, transport=transport, delta="auto", anchor_every=0)
+    loom = Loom(config, make=sparse_weights)
+
+    async def scenario() -> None:
+        reports = [await loom.client.publish(step) for step in (1, 2)]
+        loom.engines["rollout-1"] = Engine.remote("rollout-1")
+        joined = await loom.client.catch_up("rollout-1", loom.engines["rollout-1"])
+        assert joined == reports[1].version
+        reports.append(await loom.client.publish(3))
+        assert all(report.behind == () for report in reports)
+        assert reports[2].sent_bytes * 8 < reports[0].sent_bytes
+        for name, bases in (("rollout-0", [None, 1, 2]), ("rollout-1", [None, 2])):
+            assert await loom.engines[name].bases.remote() == bases
+            assert await loom.engines[name].digest.remote() == reports[2].version.digest
+
+    asyncio.run(scenario())
+    loom.close()
+
+
+def test_a_coordinator_that_is_replaced_starts_dense_and_deltas_go_on(ray_session: None) -> None:
+    config = dataclasses.replace(CONFIG, delta="auto", anchor_every=0)
+    loom = Loom(config, make=sparse_weights)
+
+    def launch() -> Any:
+        return CoordinatorActor.remote(config, loom.ranks, loom.engines)
+
+    client = Broadcaster(loom.coordinator, config, launch=launch)
+
+    async def scenario() -> None:
+        for step in (1, 2):
+            await client.publish(step)
+        ray.kill(loom.coordinator)
+        for step in (3, 4):
+            assert (await client.publish(step)).behind == ()
+        assert await loom.engines["rollout-0"].bases.remote() == [None, 1, None, 3]
+
+    asyncio.run(scenario())
+    assert client.restarts == 1
+    client.close()
+    for handle in (*loom.ranks, *loom.engines.values()):
+        ray.kill(handle)
+
+
+def test_dead_engines_are_left_behind_a_dead_rank_and_a_dead_coordinator_are_errors(
+    ray_session: None,
+) -> None:
     loom = Loom()
 
     async def scenario() -> None:
         await loom.client.publish(1)
         for engine in loom.engines.values():
             os.kill(ray.get(engine.pid.remote()), signal.SIGKILL)
-        with pytest.raises(BroadcastError, match="no engine adopted version 2"):
-            await loom.client.publish(2)
+        report = await loom.client.publish(2)
+        assert (report.adopted, sorted(report.behind)) == ((), sorted(loom.engines))
         ray.kill(loom.ranks[1])
-        with pytest.raises(BroadcastError, match="learner rank 1 could not offer version 2"):
-            await loom.client.publish(2)
+        with pytest.raises(BroadcastError, match="learner rank 1 could not offer version 3"):
+            await loom.client.publish(3)
         ray.kill(loom.coordinator)
         with pytest.raises(BroadcastError, match="the weight coordinator has died"):
             await loom.client.publish(3)

@@ -137,7 +137,7 @@ def test_a_running_run_says_so_and_a_crashed_one_is_not_called_finished(
 
 def test_an_empty_folder_gives_an_honest_page(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
-    assert page.count("No data recorded") == 7
+    assert page.count("No data recorded") == 8
     assert "NaN" not in page
 
 

@@ -16,6 +16,7 @@ from treadle.dashboards.charts import Slice, figure, interval_mark, stacked_bar
 from treadle.dashboards.completions import blocks
 from treadle.dashboards.panels import panels, timing
 from treadle.dashboards.rundata import Account, Accuracy, Answer, Reader, RunData, accuracies, number
+from treadle.dashboards.weights import SECONDS, weights_of
 from treadle.platform.errors import DataError
 from treadle.platform.records import Json
 from treadle.platform.tracking import EventRow, MetricRow
@@ -29,6 +30,7 @@ _WORDS = {
     "failure": "failure",
     "skipped": "step skipped",
     "recovery": "mended",
+    "replaced": "process replaced",
     "quarantined": "prompt set aside",
 }
 """Events that the table of failures lists, and what it calls them."""
@@ -91,6 +93,10 @@ def render(data: RunData) -> str:
         accuracies=[(one, _mark(one)) for one in accuracies(data.summary)],
         stages=[(stage, *shown[stage]) for stage in data.stages if shown[stage][0]],
         timings=[t for t in (timing(stage, _rows(data, stage)) for stage in data.stages) if t is not None],
+        weights=[
+            w for w in (weights_of(stage, _rows(data, stage)) for stage in data.stages) if w is not None
+        ],
+        weights_seconds=SECONDS,
         account=data.account,
         account_bar=_account_bar(data.account),
         samples=_samples(data.summary),

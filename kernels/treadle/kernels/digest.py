@@ -49,6 +49,13 @@ class Partial(NamedTuple):
     def __str__(self) -> str:
         return f"{self.first:016x}{self.second:016x}"
 
+    @classmethod
+    def parse(cls, text: str) -> Partial:
+        """The inverse of `str`. Raises `ValueError` for anything but 32 hexadecimal digits."""
+        if len(text) != 32:
+            raise ValueError(f"digest {text!r}: expected 32 hexadecimal digits")
+        return cls(int(text[:16], 16), int(text[16:], 16))
+
 
 def state_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The digest of a whole state as 32 hexadecimal digits. Names must be unique: every tensor counts once.

@@ -69,6 +69,9 @@ POINTS: dict[str, str] = {
     "verify.before_return": "verdicts are known, the driver does not know them",
     "broadcast.before_publish": "a version is trained, nothing was sent",
     "broadcast.in_transit": "buckets arrived and are not checked yet; `corrupt` flips one bit",
+    "broadcast.truncated": "buckets arrived and are not checked yet; `corrupt` cuts the last one short",
+    "broadcast.stale_base": "a delta arrived, its base is not checked yet; `corrupt` changes the base",
+    "broadcast.lost_write": "a delta was written beside the weights in use; `corrupt` undoes one write",
     "broadcast.between_phases": "all engines staged a version, none adopted it",
     "broadcast.after_flip": "engines adopted a version, the coordinator did not report it",
 }

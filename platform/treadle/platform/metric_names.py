@@ -26,7 +26,7 @@ class Metric:
 
 
 CATALOGUE: dict[str, Metric] = {}
-"""All fixed names. `reward/part/<name>` and `timing_s/<role>` may have further members."""
+"""All fixed names. `reward/part/<name>`, `timing_s/<role>` and `weights_lag/<engine>` may have further members."""
 
 
 def _metric(name: str, meaning: str, unit: str) -> str:
@@ -100,13 +100,42 @@ TIMING_CHECKPOINT = _metric("timing_s/checkpoint", "writing a checkpoint", "s")
 TIMING_EVALUATE = _metric("timing_s/evaluate", "evaluating on held-out prompts", "s")
 TIMING_STEP = _metric("timing_s/step", "the whole step", "s")
 
+
 WEIGHTS_SENT_BYTES = _metric("weights/sent_bytes", "bytes sent to the engines by the publication", "bytes")
 WEIGHTS_BEHIND = _metric("weights/behind", "engines left at an older version", "engines")
+WEIGHTS_DENSE_BYTES = _metric(
+    "weights/dense_bytes", "bytes that the same engines would have fetched without deltas", "bytes"
+)
+WEIGHTS_BY_DELTA = _metric("weights/by_delta", "engines that took the version as a delta", "engines")
+WEIGHTS_REFUSED = _metric(
+    "weights/refused", "fetches refused: damaged, cut short, from other weights, not written", "fetches"
+)
+WEIGHTS_GATHER_S = _metric("weights/gather_s", "collecting the weights from the learner's ranks", "s")
+WEIGHTS_ENCODE_S = _metric("weights/encode_s", "comparing with the version before, and encoding", "s")
+WEIGHTS_STAGE_S = _metric("weights/stage_s", "until the last engine staged the version or was given up", "s")
+WEIGHTS_WIRE_S = _metric("weights/wire_s", "fetching and checking, slowest engine", "s")
+WEIGHTS_APPLY_S = _metric("weights/apply_s", "building the version and its digest, slowest engine", "s")
+WEIGHTS_FLIP_S = _metric("weights/flip_s", "until the last engine adopted the version", "s")
+WEIGHTS_DENSITY = _metric(
+    "weights/density", "share of the elements that changed since the version before", "fraction"
+)
+WEIGHTS_DENSITY_EMBEDDING = _metric("weights/density_embedding", "the same of the embeddings", "fraction")
+WEIGHTS_DENSITY_ATTENTION = _metric("weights/density_attention", "the same of the attention", "fraction")
+WEIGHTS_DENSITY_MLP = _metric("weights/density_mlp", "the same of the feed-forward layers", "fraction")
+WEIGHTS_DENSITY_NORM = _metric("weights/density_norm", "the same of the norms", "fraction")
+WEIGHTS_DENSITY_HEAD = _metric("weights/density_head", "the same of the output layer", "fraction")
+WEIGHTS_DENSITY_OTHER = _metric("weights/density_other", "the same of all other tensors", "fraction")
+WEIGHTS_LAG_PREFIX = "weights_lag/"
 
 
 def reward_part(part: str) -> str:
     """The name of one reward part's mean, e.g. `reward/part/format`."""
     return REWARD_PART_PREFIX + part
+
+
+def weights_lag(engine: str) -> str:
+    """The name of the steps by which one engine's weights are behind the published ones."""
+    return WEIGHTS_LAG_PREFIX + engine
 
 
 def unit_of(name: str) -> str:
@@ -115,6 +144,8 @@ def unit_of(name: str) -> str:
         return CATALOGUE[name].unit
     if name.startswith(TIMING_PREFIX):
         return "s"
+    if name.startswith(WEIGHTS_LAG_PREFIX):
+        return "steps"
     return "1" if name.startswith(REWARD_PART_PREFIX) else ""
 
 

@@ -260,16 +260,47 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """A published version: its digest, its tensors, and the size and CRC-32 of each bucket."""
+    """A published version: its digest, its tensors, and the size and CRC-32 of each bucket.
+
+    With a `base` the buckets hold, end to end, what leads from those weights to this version; `tensors` is then
+    empty, since they are the base's. `as_base` tells an engine to keep this version's bytes beside the weights in
+    use, because such a delta may follow.
+    """
 
     version: WeightVersion
     tensors: tuple[TensorEntry, ...]
     bucket_bytes: tuple[int, ...]
     bucket_crc32: tuple[int, ...]
+    base: WeightVersion | None = None
+    as_base: bool = False
 
     @property
     def total_bytes(self) -> int:
         return sum(self.bucket_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """What the rank that packed a version offers. `dense` describes the whole version, `ways` lead to it: pairs of
+    manifest and ticket, at most one of them dense and at most one per base. `metrics` are plain floats under the
+    names of `metric_names`.
+
+    Example: engines hold versions 6 and 7 when version 8 is published; `ways` are a delta from each.
+    """
+
+    dense: WeightManifest
+    ways: tuple[tuple[WeightManifest, Ref], ...]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """An engine's answer to a version that it staged: the digest of what lies beside the weights in use, recomputed;
+    seconds until the bytes were there and checked; seconds until the version was built from them and digested."""
+
+    digest: str
+    wire_s: float
+    apply_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

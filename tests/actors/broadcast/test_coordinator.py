@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 from tests.actors.broadcast.broadcast_fakes import (
@@ -21,7 +21,7 @@ from treadle.actors.broadcast import transports
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
 from treadle.actors.broadcast.outgoing import Outgoing
-from treadle.actors.broadcast.phases import Receiver
+from treadle.actors.broadcast.phases import EngineLostError, Receiver
 from treadle.platform import failpoints
 from treadle.platform.errors import (
     BroadcastError,
@@ -30,7 +30,7 @@ from treadle.platform.errors import (
     FailpointError,
     MismatchError,
 )
-from treadle.platform.records import PublishReport, WeightManifest, WeightVersion
+from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
 
 CONFIG = BroadcastConfig(
     transport="gloo", bucket_bytes=1700, gather_deadline_s=5, stage_deadline_s=3, flip_deadline_s=3
@@ -77,8 +77,11 @@ def test_a_version_reaches_every_engine_and_every_rank_takes_part() -> None:
     assert report.version.step == 7
     assert len(report.version.digest) == 32
     assert report.sent_bytes >= 2 * 4 * 200 * 4
-    assert set(report.metrics) == {"weights/gather_s", "weights/stage_s", "weights/flip_s"}
-    assert sum(report.metrics.values()) <= report.wall_s + 0.01
+    phases = ("gather_s", "encode_s", "stage_s", "flip_s")
+    assert 0 < sum(report.metrics[f"weights/{phase}"] for phase in phases) <= report.wall_s + 0.01
+    assert report.metrics["weights/dense_bytes"] == report.sent_bytes
+    assert (report.metrics["weights/wire_s"], report.metrics["weights/apply_s"]) == (0.01, 0.02)
+    assert report.metrics["weights_lag/rollout-0"] == report.metrics["weights_lag/rollout-1"] == 0
     assert loom.coordinator.held == {"rollout-0": report.version, "rollout-1": report.version}
 
 
@@ -136,6 +139,30 @@ def test_a_line_that_damages_everything_is_an_error_and_nobody_changes(faults: p
     assert loom.serves() == [(0, {0}), (0, {0})]
 
 
+def test_when_all_engines_are_gone_the_version_waits_for_their_successors() -> None:
+    loom = Loom()
+
+    class Gone(InProcessEngine):
+        async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
+            raise EngineLostError("its process 4711 was killed or crashed.")
+
+    async def scenario() -> None:
+        await loom.publish(1)
+        living = dict(loom.engines)
+        for name, engine in living.items():
+            with pytest.raises(BroadcastError, match=f"no engine adopted version 1 .*{name}: it was lost"):
+                await loom.coordinator.catch_up(name, Gone(engine.engine))
+        report = await loom.publish(2)
+        assert (report.adopted, sorted(report.behind)) == ((), sorted(living))
+        for name, engine in living.items():
+            version = await loom.coordinator.catch_up(name, engine)
+            assert version is not None
+            assert version.step == 2
+
+    asyncio.run(scenario())
+    assert loom.serves() == [(2, {2}), (2, {2})]
+
+
 @pytest.mark.parametrize("point", ["broadcast.before_publish", "broadcast.between_phases"])
 def test_a_coordinator_that_breaks_before_the_flip_changes_nobody(
     faults: pytest.MonkeyPatch, point: str
@@ -174,11 +201,11 @@ def test_a_loader_that_changes_weights_stops_the_run_and_a_slip_is_repaired() ->
 class LyingRank(InProcessRank):
     """Its manifest has another digest than its buckets."""
 
-    async def publish(self, step: int) -> tuple[WeightManifest, object] | None:
-        offer = await super().publish(step)
-        assert offer is not None
-        wrong = dataclasses.replace(offer[0], version=WeightVersion(step=step, digest="0" * 32))
-        return wrong, offer[1]
+    async def publish(self, step: int, bases: Collection[str]) -> Offered | None:
+        offered = await super().publish(step, bases)
+        assert offered is not None
+        wrong = dataclasses.replace(offered.dense, version=WeightVersion(step=step, digest="0" * 32))
+        return dataclasses.replace(offered, dense=wrong, ways=((wrong, offered.ways[0][1]),))
 
 
 def test_engines_that_agree_against_the_learner_prove_it_wrong() -> None:
@@ -214,13 +241,13 @@ def test_a_new_publisher_fences_the_old_one_off_and_may_go_back() -> None:
 
 
 class SilentRank(InProcessRank):
-    async def publish(self, step: int) -> tuple[WeightManifest, object] | None:
+    async def publish(self, step: int, bases: Collection[str]) -> Offered | None:
         await asyncio.Event().wait()
         return None
 
 
 class BrokenRank(InProcessRank):
-    async def publish(self, step: int) -> tuple[WeightManifest, object] | None:
+    async def publish(self, step: int, bases: Collection[str]) -> Offered | None:
         raise RuntimeError("out of memory")
 
 
@@ -271,6 +298,9 @@ def test_without_engines_a_publication_still_makes_a_version() -> None:
         {"probe_every": -1},
         {"probe_limit": 0.0},
         {"probe_tokens": 1},
+        {"delta": "on"},
+        {"anchor_every": -1},
+        {"dense_above": 1.5},
     ],
 )
 def test_settings_that_cannot_work_are_named(change: dict[str, object]) -> None:

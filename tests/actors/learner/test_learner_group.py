@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Collection, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from treadle.platform.objectives.grpo import Grpo
 from treadle.platform.records import (
     Credit,
     Group,
+    Offered,
     Prompt,
     Sample,
     Share,
@@ -109,10 +110,10 @@ def spec(folder: str, **changes: Any) -> LearnerSpec:
 class Packing:
     """An `Outgoing` whose ticket is the buckets themselves."""
 
-    def offer(
-        self, state: Iterable[tuple[str, torch.Tensor]], step: int
-    ) -> tuple[WeightManifest, list[np.ndarray]]:
-        return pack(state, step, 2**20)
+    def offer(self, state: Iterable[tuple[str, torch.Tensor]], step: int, bases: Collection[str]) -> Offered:
+        manifest, buckets = pack(state, step, 2**20)
+        assert bases == {""}
+        return Offered(dense=manifest, ways=((manifest, buckets),), metrics={})
 
 
 def test_groups_are_opened_in_the_ranks_and_the_step_is_reported(group: LearnerGroup, folder: str) -> None:
@@ -144,9 +145,9 @@ def test_a_stage_follows_another_in_the_same_processes(group: LearnerGroup, fold
 def test_one_rank_offers_the_weights_the_probe_computes_with(group: LearnerGroup, folder: str) -> None:
     wait(group.setup(spec(folder, zero=3)))
     wait(group.step(batch(0)))
-    offers = ray.get([rank.publish.remote(1, Packing()) for rank in group.ranks])
+    offers = ray.get([rank.publish.remote(1, Packing(), {""}) for rank in group.ranks])
     assert offers[1] is None
-    manifest, buckets = offers[0]
+    manifest, buckets = offers[0].ways[0]
     assert manifest.version.step == 1
     probe = [np.arange(1, 9, dtype=np.int32)]
     ours = wait(group.logprobs(probe))["learner"]

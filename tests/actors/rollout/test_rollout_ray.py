@@ -204,8 +204,8 @@ async def publish(pool: RolloutPool, state_folder: str, step: int) -> tuple[Weig
         for worker in pool.workers.values():
             assert isinstance(worker, RayWorker)
             arguments = (manifest, ticket) if phase == "stage" else (manifest.version,)
-            digest = await getattr(worker.actor, phase).remote(*arguments)
-            assert digest == manifest.version.digest
+            answer = await getattr(worker.actor, phase).remote(*arguments)
+            assert (answer.digest if phase == "stage" else answer) == manifest.version.digest
     return manifest, ticket
 
 

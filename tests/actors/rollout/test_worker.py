@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +98,7 @@ def test_weights_are_staged_while_drawing_and_adopted_between_steps() -> None:
         drawing = asyncio.create_task(worker.draw(issue("a", group_size=8, max_new_tokens=40), 0))
         while not engines[0].steps:
             await asyncio.sleep(0.002)
-        assert await worker.stage(manifest, buckets) == manifest.version.digest
+        assert (await worker.stage(manifest, buckets)).digest == manifest.version.digest
         assert worker.status().version == V0
         assert await worker.flip(manifest.version) == manifest.version.digest
         assert worker.status().version.digest == manifest.version.digest
@@ -136,13 +136,13 @@ def test_weights_of_another_model_leave_the_worker_drawing_with_the_old_ones() -
 def test_an_engine_that_breaks_while_adopting_draws_no_more() -> None:
     """Half-copied weights must never draw."""
 
-    def cut_off(_: WeightManifest, __: object, ___: float) -> list[NDArray[np.uint8]]:
-        return []
+    def cut_off() -> Iterator[tuple[str, torch.Tensor]]:
+        raise IndexError("cut off")
 
     async def use(worker: RolloutWorker, _: list[FakeEngine]) -> None:
         manifest, buckets = pack(weights_of(3.0).items(), 1, 1 << 20)
         await worker.stage(manifest, buckets)
-        worker._staged = (manifest, cut_off(manifest, None, 0.0))
+        worker._standby.tensors = cut_off  # type: ignore[method-assign]
         with pytest.raises(IndexError):
             await worker.flip(manifest.version)
         with pytest.raises(EngineFailedError, match="IndexError"):

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
 from treadle.actors.broadcast.outgoing import Outgoing
-from treadle.actors.broadcast.phases import Offer
-from treadle.platform.records import PublishReport, WeightManifest, WeightVersion
+from treadle.actors.broadcast.phases import EngineLostError, Offer
+from treadle.actors.deaths import why
+from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
 
 
 class RaySource:
-    """A learner rank behind its handle. The rank has `publish(step, outgoing)`."""
+    """A learner rank behind its handle. The rank has `publish(step, outgoing, bases)` and `dense(step)`."""
 
     def __init__(self, handle: Any, outgoing: Outgoing) -> None:
         self._handle = handle
         self._outgoing = outgoing
 
-    async def publish(self, step: int) -> Offer | None:
-        return await self._handle.publish.remote(step, self._outgoing)
+    async def publish(self, step: int, bases: Collection[str]) -> Offered | None:
+        return await self._handle.publish.remote(step, self._outgoing, bases)
+
+    async def dense(self, step: int) -> Offer:
+        return await self._handle.dense.remote(step)
 
 
 class RayReceiver:
@@ -31,11 +36,18 @@ class RayReceiver:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
-        return await self._handle.stage.remote(manifest, ticket)
+    async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
+        return await _from_engine(self._handle.stage.remote(manifest, ticket))
 
     async def flip(self, version: WeightVersion) -> str:
-        return await self._handle.flip.remote(version)
+        return await _from_engine(self._handle.flip.remote(version))
+
+
+async def _from_engine(reference: Any) -> Any:
+    try:
+        return await reference
+    except RayActorError as error:
+        raise EngineLostError(f"{why(error)}.") from error
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -43,7 +55,14 @@ class CoordinatorActor:
     """See `Coordinator`. It is not restarted: a restarted one would have forgotten who may publish."""
 
     def __init__(self, config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> None:
-        outgoing = Outgoing(transport=config.transport, bucket_bytes=config.bucket_bytes)
+        outgoing = Outgoing(
+            transport=config.transport,
+            bucket_bytes=config.bucket_bytes,
+            delta=config.delta == "auto",
+            dense_above=config.dense_above,
+            engines=len(engines),
+            nodes=sum(node["Alive"] for node in ray.nodes()),
+        )
         self._coordinator = Coordinator(
             config,
             [RaySource(rank, outgoing) for rank in ranks],

@@ -113,19 +113,18 @@ def unpack(
 
     Buckets out of a shared-memory store are read-only; torch knows no read-only tensor, writing would crash.
     """
+    # A tensor per bucket, and slices of it: a model of many small tensors costs microseconds for each.
+    wholes = [torch.from_numpy(np.asarray(_Window(bucket))) if len(bucket) else None for bucket in buckets]
     for entry in manifest.tensors:
         end = entry.offset_bytes + entry.size_bytes
-        raw = buckets[entry.bucket][entry.offset_bytes : end]
-        if len(raw) != entry.size_bytes:
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        if end > len(buckets[entry.bucket]):
             raise _damaged(manifest, f"tensor {entry.name} reaches beyond bucket {entry.bucket}")
-        yield entry.name, _view(entry, raw)
-
-
-def _view(entry: TensorEntry, raw: NDArray[np.uint8]) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, entry.dtype)
-    if not entry.size_bytes:
-        return torch.empty(entry.shape, dtype=dtype)
-    return torch.from_numpy(np.asarray(_Window(raw))).view(dtype).view(entry.shape)
+        whole = wholes[entry.bucket]
+        if whole is None or not entry.size_bytes:
+            yield entry.name, torch.empty(entry.shape, dtype=dtype)
+        else:
+            yield entry.name, whole[entry.offset_bytes : end].view(dtype).view(entry.shape)
 
 
 class _Window:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from treadle.actors.broadcast.transports import check_name
+from treadle.actors.broadcast.transports import AUTO, check_name
 from treadle.platform.errors import ConfigError
 
 
@@ -13,9 +13,17 @@ class BroadcastConfig:
     """How weights travel, how long anyone may take, and when engine and learner are compared."""
 
     transport: str = "object_store"
-    """One of the transports' names: object_store, gloo."""
+    """One of the transports' names: object_store, gloo, chain; or auto: chain for more than 64 MiB to engines on more
+    than two nodes, otherwise object_store."""
     bucket_bytes: int = 64 * 2**20
     """Largest bucket; a tensor larger than this gets its own."""
+    delta: str = "off"
+    """off: every version travels whole. auto: only what changed travels where engines hold an earlier version; costs
+    the learner's first rank and every engine a second copy of the weights in host memory."""
+    anchor_every: int = 50
+    """With deltas, every how many publications the whole version travels all the same; 0 never but the first."""
+    dense_above: float = 0.5
+    """With deltas, the share of changed elements above which the whole version travels."""
     gather_deadline_s: float = 300.0
     """For the learner's ranks to gather, pack and offer a version."""
     stage_deadline_s: float = 120.0
@@ -35,7 +43,8 @@ class BroadcastConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` naming the setting."""
-        check_name(self.transport)
+        if self.transport != AUTO:
+            check_name(self.transport)
         for name in (
             "bucket_bytes",
             "gather_deadline_s",
@@ -46,6 +55,14 @@ class BroadcastConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"broadcast.{name}={value} must be positive.", "Choose a larger value.")
+        if self.delta not in ("off", "auto"):
+            raise ConfigError(f"broadcast.delta={self.delta!r} is unknown.", "Use off or auto.")
+        if self.anchor_every < 0:
+            raise ConfigError(f"broadcast.anchor_every={self.anchor_every} is negative.", "Use 0 for never.")
+        if not 0 <= self.dense_above <= 1:
+            raise ConfigError(
+                f"broadcast.dense_above={self.dense_above} is no share.", "Use a number from 0 to 1."
+            )
         if self.max_restarts < 0:
             raise ConfigError(f"broadcast.max_restarts={self.max_restarts} is negative.", "Use 0 for none.")
         if self.probe_every < 0:

@@ -13,40 +13,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
 
 from treadle.actors.broadcast.config import BroadcastConfig
-from treadle.actors.broadcast.phases import Fanout, Offer, Outcome, Receiver, flip, stage
+from treadle.actors.broadcast.phases import Fanout, Outcome, Receiver, flip, stage
+from treadle.actors.broadcast.publication import Carried, Publication, Source, figures
 from treadle.platform.errors import BroadcastError, DeadlineError, MismatchError
 from treadle.platform.failpoints import failpoint
-from treadle.platform.records import PublishReport, WeightVersion
+from treadle.platform.records import Offered, PublishReport, WeightVersion
 
 _log = logging.getLogger(__name__)
 
 
-class Source(Protocol):
-    """A rank of the learner."""
-
-    async def publish(self, step: int) -> Offer | None:
-        """Takes part in the gathering; the rank that packed the version returns manifest and ticket."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Carried:
-    """A version after both phases; `fetched` engines hold its bytes, whether they adopted them or not."""
-
-    adopted: tuple[str, ...]
-    behind: tuple[str, ...]
-    fetched: int
-    stage_s: float
-    flip_s: float
-
-
 class Coordinator:
-    """Publishes versions and remembers the newest, with its ticket, for engines that come later."""
+    """Publishes versions and remembers the newest for engines that come later.
+
+    With deltas, an engine is offered what changed since the version it is known to hold; the first publication of a
+    publisher, and every `anchor_every`-th, is dense for all.
+    """
 
     def __init__(
         self, config: BroadcastConfig, sources: Sequence[Source], receivers: Mapping[str, Receiver]
@@ -54,7 +38,8 @@ class Coordinator:
         self._config = config
         self._sources = tuple(sources)
         self._receivers = dict(receivers)
-        self._newest: Offer | None = None
+        self._newest: Publication | None = None
+        self._published = 0  # by this publisher
         self._token = 0
         self._held: dict[str, WeightVersion] = {}
         self._fanout = Fanout()
@@ -70,34 +55,34 @@ class Coordinator:
         from now on; the new one may start at any step, lower ones included."""
         self._token += 1
         self._newest = None
+        self._published = 0
         return self._token
 
     async def publish(self, step: int, token: int) -> PublishReport:
         """Carries version `step` to the engines.
 
         Raises `BroadcastError` for an outdated token or step, when the learner offers nothing, or when no
-        engine at all adopted; `MismatchError` when the learner's digest is wrong or an engine holds weights
-        that nobody made; `DeadlineError` when the learner does not answer.
+        engine at all adopted, unless all are gone: their successors catch up; `MismatchError` when the learner's
+        digest is wrong or an engine holds weights that nobody made; `DeadlineError` when the learner does not answer.
         """
         async with self._lock:
             self._refuse_outdated(step, token)
             failpoint("broadcast.before_publish")
             start = time.monotonic()
-            offer = await self._gather(step)
-            gathered = time.monotonic()
-            carried = await self._carry(offer, self._receivers)
-            self._newest = offer
+            bases = self._bases()
+            publication = await self._gather(step, frozenset(bases.values()))
+            gathered_s = time.monotonic() - start
+            carried = await self._carry(publication, self._receivers, bases)
+            self._newest = publication
+            self._published += 1
+            lags = {name: step - v.step for name, v in self._held.items() if name in self._receivers}
             return PublishReport(
-                version=offer[0].version,
+                version=publication.version,
                 adopted=carried.adopted,
                 behind=carried.behind,
-                sent_bytes=offer[0].total_bytes * carried.fetched,
+                sent_bytes=carried.sent_bytes,
                 wall_s=time.monotonic() - start,
-                metrics={
-                    "weights/gather_s": gathered - start,
-                    "weights/stage_s": carried.stage_s,
-                    "weights/flip_s": carried.flip_s,
-                },
+                metrics=figures(publication, carried, gathered_s, lags),
             )
 
     async def catch_up(self, name: str, receiver: Receiver) -> WeightVersion | None:
@@ -111,7 +96,9 @@ class Coordinator:
             self._receivers[name] = receiver
             if self._newest is None:
                 return None
-            await self._carry(self._newest, {name: receiver})
+            carried = await self._carry(self._newest, {name: receiver}, {name: ""})
+            if not carried.adopted:
+                raise _nobody(self._newest.version, {name: "it was lost"})
             return self._held[name]
 
     def forget(self, name: str) -> None:
@@ -127,16 +114,23 @@ class Coordinator:
                 f"step {step} is refused.",
                 "Stop this driver: another one has taken over the run.",
             )
-        if self._newest is not None and step < self._newest[0].version.step:
+        if self._newest is not None and step < self._newest.version.step:
             raise BroadcastError(
-                f"broadcast.publish: step {step} is older than the published {self._newest[0].version.step}.",
+                f"broadcast.publish: step {step} is older than the published {self._newest.version.step}.",
                 "Publish steps in order, or register as a new publisher to go back.",
             )
 
-    async def _gather(self, step: int) -> Offer:
+    def _bases(self) -> dict[str, str]:
+        """For every engine the digest that it can be given a delta from, "" where it needs everything."""
+        every = self._config.anchor_every
+        anchor = self._published % every == 0 if every else self._published == 0
+        usable = {} if anchor or self._config.delta == "off" else self._held
+        return {name: usable[name].digest if name in usable else "" for name in self._receivers}
+
+    async def _gather(self, step: int, bases: Collection[str]) -> Publication:
         """Every rank is called, because sharded weights are gathered by all of them together."""
         limit_s = self._config.gather_deadline_s
-        tasks = [asyncio.create_task(_publish(source, step)) for source in self._sources]
+        tasks = [asyncio.create_task(_publish(source, step, bases)) for source in self._sources]
         done, waiting = await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
         for rank, task in enumerate(tasks):
             if task in done and (error := task.exception()) is not None:
@@ -152,43 +146,50 @@ class Coordinator:
                 f"broadcast.gather: learner ranks {late} did not offer version {step} within {limit_s:g} s.",
                 "Raise broadcast.gather_deadline_s, or look for a frozen rank.",
             )
-        offers = [offer for task in tasks if (offer := task.result()) is not None]
+        offers = [(s, offered) for s, t in zip(self._sources, tasks, strict=True) if (offered := t.result())]
         if len(offers) != 1:
             raise BroadcastError(
                 f"broadcast.gather: {len(offers)} of {len(tasks)} learner ranks offered version {step}, "
                 "expected exactly one.",
-                "Only rank 0 may return a manifest and a ticket.",
+                "Only rank 0 may return an offer.",
             )
-        version = offers[0][0].version
+        source, offered = offers[0]
+        version = offered.dense.version
         if version.step != step or not version.digest:
             raise MismatchError(
                 f"broadcast.gather: asked for step {step}, the learner offered step {version.step} "
                 f"with digest {version.digest or 'missing'}.",
                 "Step the learner before publishing, and pack with broadcast.buckets.pack.",
             )
-        return offers[0]
+        return Publication(source, offered, limit_s)
 
-    async def _carry(self, offer: Offer, receivers: Mapping[str, Receiver]) -> _Carried:
-        version = offer[0].version
+    async def _carry(
+        self, publication: Publication, receivers: Mapping[str, Receiver], bases: Mapping[str, str]
+    ) -> Carried:
+        version = publication.version
         start = time.monotonic()
-        staged = await self._fanout.run(receivers, stage, offer, self._config.stage_deadline_s)
+        routes = {name: await publication.route(bases[name]) for name in receivers}
+        staged = await self._fanout.run(receivers, stage, routes, self._config.stage_deadline_s)
         _refuse_a_wrong_manifest(version, staged)
         failpoint("broadcast.between_phases")
         middle = time.monotonic()
         ready = {name: receivers[name] for name, outcome in staged.items() if not outcome.reason}
-        flipped = await self._fanout.run(ready, flip, offer, self._config.flip_deadline_s)
+        flipped = await self._fanout.run(ready, flip, routes, self._config.flip_deadline_s)
         failpoint("broadcast.after_flip")
         adopted = tuple(name for name, outcome in flipped.items() if not outcome.reason)
         behind = {name: out.reason for name, out in {**staged, **flipped}.items() if out.reason}
         self._held.update(dict.fromkeys(adopted, version))
         self._refuse_unknown_weights(version, flipped)
-        _refuse_to_go_on_without_engines(version, adopted, behind)
+        lost = {name for name, out in {**staged, **flipped}.items() if out.lost}
+        if behind and not adopted and lost != behind.keys():
+            raise _nobody(version, behind)
         for name, reason in behind.items():
             _log.warning("engine %s is left behind version %d: %s", name, version.step, reason)
-        return _Carried(
+        return Carried(
             adopted=adopted,
             behind=tuple(behind),
-            fetched=len(ready),
+            staged=tuple(staged.values()),
+            flipped=tuple(flipped.values()),
             stage_s=middle - start,
             flip_s=time.monotonic() - middle,
         )
@@ -215,21 +216,18 @@ def _refuse_a_wrong_manifest(version: WeightVersion, staged: Mapping[str, Outcom
         )
 
 
-def _refuse_to_go_on_without_engines(
-    version: WeightVersion, adopted: Sequence[str], behind: Mapping[str, str]
-) -> None:
-    if behind and not adopted:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in behind.items())
-        raise BroadcastError(
-            f"broadcast.publish: no engine adopted version {version.step} ({reasons}).",
-            "Look at the engines' logs.",
-        )
+def _nobody(version: WeightVersion, behind: Mapping[str, str]) -> BroadcastError:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in behind.items())
+    return BroadcastError(
+        f"broadcast.publish: no engine adopted version {version.step} ({reasons}).",
+        "Look at the engines' logs.",
+    )
 
 
-async def _publish(source: Source, step: int) -> Offer | None:
-    return await source.publish(step)
+async def _publish(source: Source, step: int, bases: Collection[str]) -> Offered | None:
+    return await source.publish(step, bases)
 
 
-def _abandon(tasks: set[asyncio.Task[Offer | None]]) -> None:
+def _abandon(tasks: set[asyncio.Task[Offered | None]]) -> None:
     for task in tasks:
         task.cancel()

@@ -52,8 +52,9 @@ class GlooTicket:
 
 
 class GlooTransport:
-    """Sends the newest version of this process; an older ticket is refused. `host` is this node's address for
-    engines (default: the one Ray knows), `serve_timeout_s` bounds what a frozen engine can hold up."""
+    """Sends the newest version of this process, whole and as deltas; an older ticket is refused. `host` is this
+    node's address for engines (default: the one Ray knows), `serve_timeout_s` bounds what a frozen engine can hold
+    up."""
 
     def __init__(self, host: str = "", serve_timeout_s: float = 300.0) -> None:
         self._host = host
@@ -63,7 +64,7 @@ class GlooTransport:
         door = _Door.of(self._host or ray.util.get_node_ip_address(), self._serve_timeout_s)
         return GlooTicket(
             step=manifest.version.step,
-            serial=door.offer(buckets),
+            serial=door.offer(manifest, buckets),
             host=door.host,
             port=door.port,
             sizes_bytes=tuple(len(bucket) for bucket in buckets),
@@ -162,7 +163,8 @@ class _Door:
         self.host, self.port = host, listener.getsockname()[1]
         self._serve_timeout = serve_timeout
         self._serials = itertools.count(1)
-        self._offer: tuple[int, tuple[NDArray[np.uint8], ...]] = (0, ())
+        self._version = ""  # the digest of what is served
+        self._offers: dict[str, tuple[int, tuple[NDArray[np.uint8], ...]]] = {}  # by the digest of the base
         # The store closes the descriptor; binding it ourselves keeps it off the node's other networks.
         self._store = _c10d.TCPStore(
             host,
@@ -176,10 +178,15 @@ class _Door:
         self._thread.start()
         atexit.register(self.close)
 
-    def offer(self, buckets: Sequence[NDArray[np.uint8]]) -> int:
-        """Replaces what is served; fetches under way keep what they have begun with."""
-        self._offer = (next(self._serials), tuple(buckets))
-        return self._offer[0]
+    def offer(self, manifest: WeightManifest, buckets: Sequence[NDArray[np.uint8]]) -> int:
+        """Replaces what is served of other versions, and of this one from the same base; fetches under way keep what
+        they have begun with."""
+        serial = next(self._serials)
+        offers = self._offers if manifest.version.digest == self._version else {}
+        base = "" if manifest.base is None else manifest.base.digest
+        self._offers = {**offers, base: (serial, tuple(buckets))}
+        self._version = manifest.version.digest
+        return serial
 
     def close(self) -> None:
         # Without this the store's threads outlive the interpreter and abort the process.
@@ -193,10 +200,10 @@ class _Door:
             threading.Thread(target=self._serve, args=(meeting, int(serial)), daemon=True).start()
 
     def _serve(self, meeting: str, wanted: int) -> None:
-        serial, buckets = self._offer
+        buckets = dict(self._offers.values()).get(wanted)
         try:
             store = self._store.clone()
-            if serial != wanted:
+            if buckets is None:
                 store.set(f"{meeting}/answer", "the sender has published a newer version since.")
                 return
             store.set(f"{meeting}/answer", "coming")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from treadle.platform.errors import BroadcastError
-from treadle.platform.records import WeightManifest, WeightVersion
+from treadle.actors.broadcast.deltas import StaleBaseError
+from treadle.platform.errors import BroadcastError, RoleError
+from treadle.platform.records import Ref, Staged, WeightManifest, WeightVersion
 
-Offer: TypeAlias = tuple[WeightManifest, object]
-"""A version: its manifest and the ticket to fetch it with."""
+Offer: TypeAlias = tuple[WeightManifest, Ref]
+"""A version, whole or as a delta: its manifest and the ticket to fetch it with."""
 
 
 class Receiver(Protocol):
     """An engine, as the coordinator sees it."""
 
-    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
-        """Fetches the version beside the one in use; returns the digest of what arrived."""
+    async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
+        """Fetches the version beside the one in use; answers with the digest of what is there then."""
         ...
 
     async def flip(self, version: WeightVersion) -> str:
@@ -26,46 +27,98 @@ class Receiver(Protocol):
         ...
 
 
+class EngineLostError(RoleError):
+    """An engine's process is gone. Its successor is brought up to date when it joins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """How one engine reaches a version: the offer it is given, and how to ask for the dense one."""
+
+    offer: Offer
+    dense: Callable[[], Awaitable[Offer]]
+
+    @property
+    def version(self) -> WeightVersion:
+        return self.offer[0].version
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What became of one engine in one phase: the digest it answered, if it did, and why it must be left
-    behind (empty when the digest is the manifest's)."""
+    behind (empty when the digest is the manifest's). `sent_bytes` and `refused` count all attempts; `by_delta`,
+    `wire_s` and `apply_s` are the last one's. `stale` says that the engine does not have the base of a delta."""
 
     digest: str = ""
     reason: str = ""
+    sent_bytes: int = 0
+    refused: int = 0
+    wire_s: float = 0.0
+    apply_s: float = 0.0
+    by_delta: bool = False
+    stale: bool = False
+    lost: bool = False
+    """The engine's process is gone."""
 
 
-async def stage(receiver: Receiver, offer: Offer) -> Outcome:
-    """Phase 1 on one engine. What arrives damaged is fetched once more."""
-    first = await _staged(receiver, offer)
-    return first if not first.reason else await _staged(receiver, offer)
+async def stage(receiver: Receiver, route: Route) -> Outcome:
+    """Phase 1 on one engine. What arrives damaged is fetched once more; a delta that fails twice, or meets other
+    weights than its base, gives way to the dense version."""
+    outcome = await _twice(receiver, route.offer)
+    if not outcome.reason or route.offer[0].base is None:
+        return outcome
+    return _after(outcome, await _twice(receiver, await route.dense()))
 
 
-async def flip(receiver: Receiver, offer: Offer) -> Outcome:
-    """Phase 2 on one engine. Wrong weights are staged and adopted once more."""
-    first = await _flipped(receiver, offer)
+async def flip(receiver: Receiver, route: Route) -> Outcome:
+    """Phase 2 on one engine. Wrong weights are staged, whole, and adopted once more."""
+    first = await _flipped(receiver, route.version)
     if not first.digest or not first.reason:
         return first
-    again = await stage(receiver, offer)
-    return first if again.reason else await _flipped(receiver, offer)
+    again = await _twice(receiver, await route.dense())
+    return first if again.reason else _after(again, await _flipped(receiver, route.version))
+
+
+async def _twice(receiver: Receiver, offer: Offer) -> Outcome:
+    first = await _staged(receiver, offer)
+    if not first.reason or first.stale:
+        return first
+    return _after(first, await _staged(receiver, offer))
 
 
 async def _staged(receiver: Receiver, offer: Offer) -> Outcome:
+    manifest = offer[0]
     try:
-        digest = await receiver.stage(*offer)
+        answer = await receiver.stage(*offer)
     except BroadcastError as error:
-        return Outcome(reason=_first_line(error))
-    return _compared(digest, offer[0].version, "arrived")
+        stale = isinstance(error, StaleBaseError)
+        return Outcome(reason=_first_line(error), sent_bytes=manifest.total_bytes, refused=1, stale=stale)
+    compared = _compared(answer.digest, manifest.version, "arrived")
+    return replace(
+        compared,
+        sent_bytes=manifest.total_bytes,
+        refused=int(bool(compared.reason)),
+        wire_s=answer.wire_s,
+        apply_s=answer.apply_s,
+        by_delta=manifest.base is not None,
+    )
 
 
-async def _flipped(receiver: Receiver, offer: Offer) -> Outcome:
-    return _compared(await receiver.flip(offer[0].version), offer[0].version, "was adopted")
+async def _flipped(receiver: Receiver, version: WeightVersion) -> Outcome:
+    return _compared(await receiver.flip(version), version, "was adopted")
 
 
 def _compared(digest: str, version: WeightVersion, what: str) -> Outcome:
     if digest == version.digest:
         return Outcome(digest=digest)
     return Outcome(digest=digest, reason=f"{what} with digest {digest} instead of {version.digest}")
+
+
+def _after(first: Outcome, second: Outcome) -> Outcome:
+    """The second attempt, with what the first one cost."""
+    return replace(
+        second, sent_bytes=first.sent_bytes + second.sent_bytes, refused=first.refused + second.refused
+    )
 
 
 class Fanout:
@@ -86,14 +139,14 @@ class Fanout:
     async def run(
         self,
         receivers: Mapping[str, Receiver],
-        phase: Callable[[Receiver, Offer], Coroutine[Any, Any, Outcome]],
-        offer: Offer,
+        phase: Callable[[Receiver, Route], Coroutine[Any, Any, Outcome]],
+        routes: Mapping[str, Route],
         deadline_s: float,
     ) -> dict[str, Outcome]:
         """The outcome of every receiver, by name; an engine's failure is an outcome, not an error."""
         self._late = {name: task for name, task in self._late.items() if not task.done()}
         tasks = {
-            name: asyncio.ensure_future(_guarded(phase(receiver, offer)))
+            name: asyncio.ensure_future(_guarded(phase(receiver, routes[name])))
             for name, receiver in receivers.items()
             if name not in self._late
         }
@@ -115,7 +168,7 @@ async def _guarded(work: Coroutine[Any, Any, Outcome]) -> Outcome:
     try:
         return await work
     except Exception as error:  # noqa: BLE001 whatever an engine dies of, it is left behind and named
-        return Outcome(reason=_first_line(error))
+        return Outcome(reason=_first_line(error), lost=isinstance(error, EngineLostError))
 
 
 def _first_line(error: Exception) -> str:

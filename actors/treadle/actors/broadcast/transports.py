@@ -22,7 +22,13 @@ from treadle.platform.records import WeightManifest
 TRANSPORTS: dict[str, str] = {
     "object_store": "treadle.actors.broadcast.object_store:ObjectStoreTransport",
     "gloo": "treadle.actors.broadcast.gloo:GlooTransport",
+    "chain": "treadle.actors.broadcast.chain:ChainTransport",
 }
+
+
+AUTO = "auto"
+CHAIN_ABOVE_BYTES = 64 * 2**20
+CHAIN_ABOVE_NODES = 2
 
 
 class Ticket(Protocol):
@@ -47,6 +53,15 @@ def check_name(name: str) -> None:
         )
 
 
+def chosen(name: str, total_bytes: int, engines: int, nodes: int) -> str:
+    """The transport that `name` stands for: of "auto", chains for what is large and goes to several nodes, where the
+    learner's link is the limit; otherwise the object store, which maps shared memory within a node."""
+    if name != AUTO:
+        return name
+    many = min(engines, nodes) > CHAIN_ABOVE_NODES
+    return "chain" if many and total_bytes > CHAIN_ABOVE_BYTES else "object_store"
+
+
 def fetch(manifest: WeightManifest, ticket: object, deadline_s: float) -> list[NDArray[np.uint8]]:
     """The version's buckets, checked against the manifest. Raises `BroadcastError` naming the damaged bucket,
     or `DeadlineError`."""
@@ -56,6 +71,8 @@ def fetch(manifest: WeightManifest, ticket: object, deadline_s: float) -> list[N
     buckets = build(name).receive(ticket, deadline_s)
     if failpoint("broadcast.in_transit"):
         buckets = [_one_bit_flipped(buckets[0]), *buckets[1:]]
+    if failpoint("broadcast.truncated"):
+        buckets = [*buckets[:-1], buckets[-1][: len(buckets[-1]) // 2]]
     check(manifest, buckets)
     return buckets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,16 +20,19 @@ from treadle.actors.learner.figures import RankReport
 from treadle.actors.learner.fresh import ModelShape, random_model
 from treadle.actors.learner.rank import LearnerRank
 from treadle.actors.learner.stepping import LearnerSpec
-from treadle.platform.errors import DeadlineError
+from treadle.platform.errors import BroadcastError, DeadlineError
 from treadle.platform.packed import unpacked
-from treadle.platform.records import Group, Json, Ref, Share, TrainSample, WeightManifest
+from treadle.platform.records import Group, Json, Offered, Ref, Share, TrainSample, WeightManifest
 from treadle.platform.stacks import stacks
 
 
 class Offering(Protocol):
-    """Packs the full weights and makes them fetchable (the broadcast's `Outgoing`)."""
+    """Packs the full weights and makes them fetchable (the broadcast's `Outgoing`). Equal ones do the same; the one
+    that is held on to remembers what it offered."""
 
-    def offer(self, state: Iterable[tuple[str, Tensor]], step: int) -> tuple[WeightManifest, object]: ...
+    def offer(self, state: Iterable[tuple[str, Tensor]], step: int, bases: Collection[str]) -> Offered: ...
+
+    def dense(self, step: int) -> tuple[WeightManifest, Ref]: ...
 
 
 class RefResolver:
@@ -51,11 +54,12 @@ class RefResolver:
         return [next(opened) if isinstance(ref, ray.ObjectRef) else unpacked(ref) for ref in refs]
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "weights": 1})
 class LearnerRankActor:
     """See `LearnerRank`. Never restarted or retried by Ray: a half-made step must not be made again.
 
-    Work runs on one thread; `phase` answers on another while work hangs.
+    Work runs on one thread; `phase` answers on another while work hangs, and published weights are handed out on a
+    third while the next step is being made.
     """
 
     def __init__(self, rank: int, ranks: int, step_deadline_s: float) -> None:
@@ -64,6 +68,7 @@ class LearnerRankActor:
         self._deadline_s = step_deadline_s
         self._learner = LearnerRank(rank, RefResolver(rank, step_deadline_s))
         self._store: TCPStore | None = None
+        self._outgoing: Offering | None = None
 
     def open(self, deadline_s: float) -> tuple[str, int]:
         """Rank 0 only: opens the rendezvous; returns its host and port."""
@@ -88,19 +93,31 @@ class LearnerRankActor:
     def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
         return self._learner.logprobs(sequences)
 
-    def publish(self, step: int, outgoing: Offering) -> tuple[WeightManifest, object] | None:
-        """Gathers the full weights with the other ranks; rank 0 offers them and returns manifest and
-        ticket."""
+    def publish(self, step: int, outgoing: Offering, bases: Collection[str]) -> Offered | None:
+        """Gathers the full weights with the other ranks; rank 0 offers them. `bases` are the digests that engines
+        hold, "" for none."""
         self._learner.phase = f"publishing version {step}"
         state = self._learner.full_state()
-        offer = None
+        offered = None
         if self._rank == 0:
-            offer = outgoing.offer(state, step)
+            if self._outgoing != outgoing:
+                self._outgoing = outgoing
+            offered = self._outgoing.offer(state, step, bases)
         else:
             for _ in state:
                 pass
         self._learner.phase = "idle"
-        return offer
+        return offered
+
+    @ray.method(concurrency_group="weights")
+    def dense(self, step: int) -> tuple[WeightManifest, Ref]:
+        """Offers all of version `step`, which this rank published last as deltas. Raises `BroadcastError`."""
+        if self._outgoing is None:
+            raise BroadcastError(
+                f"learner rank {self._rank} has published nothing, version {step} is asked for.",
+                "Publish again from the living learner.",
+            )
+        return self._outgoing.dense(step)
 
     def save(self, folder: str, extra: Mapping[str, Json]) -> None:
         self._learner.save(folder, extra)

@@ -18,7 +18,7 @@ from treadle.actors.rollout.handles import Launch, WorkerDiedError
 from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
 from treadle.platform.errors import TreadleError
 from treadle.platform.packed import Packed
-from treadle.platform.records import Drawn, Issue, Ref, WeightManifest, WeightVersion
+from treadle.platform.records import Drawn, Issue, Ref, Staged, WeightManifest, WeightVersion
 from treadle.platform.stacks import stacks
 
 _SMALL_BYTES = 65_536
@@ -59,7 +59,7 @@ class RolloutActor:
         """See `Mailbox.fetch`."""
         return await self._mail.fetch()
 
-    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
+    async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
         return await self._worker.stage(manifest, ticket)
 
     async def flip(self, version: WeightVersion) -> str:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treadle.actors.broadcast.buckets import unpack
+from treadle.actors.broadcast.standby import Standby
 from treadle.actors.broadcast.transports import fetch
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import DrawnGroup, EngineLoop
 from treadle.actors.rollout.engines import build_engine
-from treadle.kernels.digest import state_digest
 from treadle.platform.contracts import Engine
 from treadle.platform.errors import BroadcastError
 from treadle.platform.failpoints import failpoint
-from treadle.platform.records import Issue, WeightManifest, WeightVersion
+from treadle.platform.records import Issue, Staged, WeightManifest, WeightVersion
 
 Fetch = Callable[[WeightManifest, object, float], list[NDArray[np.uint8]]]
 """(manifest, ticket, deadline_s) -> the version's checked buckets, as `broadcast.transports.fetch`."""
@@ -54,11 +54,17 @@ class RolloutWorker:
         self._build = build
         self._fetch = fetch
         self._loop = EngineLoop(name)
-        self._staged: tuple[WeightManifest, list[NDArray[np.uint8]]] | None = None
+        self._standby = Standby()
+        self._staged: WeightVersion | None = None  # in the standby, and not adopted yet
+        self._standby_lock = (
+            asyncio.Lock()
+        )  # a coordinator's last call may still run when another one takes over
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         """Switches to another model. Issues still being drawn fail with `RolloutError`."""
-        self._staged = None
+        async with self._standby_lock:
+            self._staged = None
+            self._standby.drop()
         build = self._loop.load(lambda: self._build(self._config, model_folder, version), version)
         return await asyncio.wrap_future(build)
 
@@ -71,16 +77,25 @@ class RolloutWorker:
         failpoint("rollout.before_draw", issue.prompt.id)
         return await asyncio.wrap_future(self._loop.draw(issue, min_version_step))
 
-    async def stage(self, manifest: WeightManifest, ticket: object) -> str:
-        """Fetches a version beside the one in use; returns the digest of what arrived. Drawing goes on.
+    async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
+        """Fetches a version beside the one in use, whole or as a delta on what is there. Drawing goes on.
 
-        Raises `BroadcastError` or `DeadlineError`.
+        Raises `StaleBaseError` for a delta that needs other weights than are there, otherwise `BroadcastError` or
+        `DeadlineError`.
         """
         failpoint("rollout.before_stage")
-        buckets = await asyncio.to_thread(self._fetch, manifest, ticket, self._config.stage_deadline_s)
-        digest = await asyncio.to_thread(lambda: state_digest(unpack(manifest, buckets)))
-        self._staged = (manifest, buckets)
-        return digest
+        async with self._standby_lock:
+            self._staged = None
+            answer = await asyncio.to_thread(self._stage, manifest, ticket)
+            self._staged = manifest.version
+        return answer
+
+    def _stage(self, manifest: WeightManifest, ticket: object) -> Staged:
+        start = time.monotonic()
+        buckets = self._fetch(manifest, ticket, self._config.stage_deadline_s)
+        fetched = time.monotonic()
+        digest = self._standby.put(manifest, buckets)
+        return Staged(digest=digest, wire_s=fetched - start, apply_s=time.monotonic() - fetched)
 
     async def flip(self, version: WeightVersion) -> str:
         """Adopts what was staged, between two decode steps; returns the digest of what the engine then holds.
@@ -89,12 +104,16 @@ class RolloutWorker:
         model.
         """
         failpoint("rollout.before_flip")
-        if self._staged is None or self._staged[0].version.step != version.step:
-            raise BroadcastError(f"rollout/flip: version {version.step} is not staged.", "Stage it first.")
-        manifest, buckets = self._staged
-        adopt = self._loop.adopt(version, lambda engine: engine.adopt(version, unpack(manifest, buckets)))
-        digest = await asyncio.wrap_future(adopt)
-        self._staged = None
+        async with self._standby_lock:
+            if self._staged is None or self._staged.step != version.step:
+                raise BroadcastError(
+                    f"rollout/flip: version {version.step} is not staged.", "Stage it first."
+                )
+            standby = self._standby
+            adopt = self._loop.adopt(version, lambda engine: engine.adopt(version, standby.tensors()))
+            digest = await asyncio.wrap_future(adopt)
+            self._staged = None
+            standby.adopted()
         return digest
 
     async def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
