@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 EMBEDDED = """
 import subprocess
 start = time.monotonic()
-with open_session(ClusterConfig(temp_dir=sys.argv[1] if len(sys.argv) > 1 else "")) as session:
+with open_session(ClusterConfig(temp_dir=os.environ.get("SESSION_PARENT", ""))) as session:
     opened_s = time.monotonic() - start
     import ray
     @ray.remote(num_cpus=0)
@@ -135,8 +136,18 @@ def test_a_session_closes_itself_when_the_program_fails(env: dict[str, str]) -> 
     assert not Path(facts["folder"]).parent.exists()
 
 
+@pytest.fixture
+def parent() -> Iterator[str]:
+    """A folder for sessions, with a short path; in /tmp any other session would tidy up behind the killed one."""
+    with tempfile.TemporaryDirectory(prefix="tsp", dir="/tmp") as folder:
+        yield folder
+
+
 @pytest.mark.ray
-def test_a_killed_program_leaves_no_process_and_its_folder_goes_with_the_next(env: dict[str, str]) -> None:
+def test_a_killed_program_leaves_no_process_and_its_folder_goes_with_the_next(
+    env: dict[str, str], parent: str
+) -> None:
+    env = {**env, "SESSION_PARENT": parent}
     with _started(EMBEDDED % "time.sleep(600)", env) as (process, facts):
         family = _family(process.pid)
         assert {facts["role"], facts["child"]} <= {member.pid for member in family}
@@ -147,7 +158,8 @@ def test_a_killed_program_leaves_no_process_and_its_folder_goes_with_the_next(en
         assert not alive, "processes outlived their driver"
     folder = Path(str(facts["folder"])).parent
     assert folder.exists()
-    assert _run("with open_session(ClusterConfig()): pass", env).returncode == 0
+    assert folder.parent == Path(parent)
+    assert _run(f"with open_session(ClusterConfig(temp_dir={parent!r})): pass", env).returncode == 0
     assert not folder.exists()
     for agent in agents:
         agent.kill()
