@@ -51,8 +51,6 @@ POINTS: dict[str, str] = {
     "driver.after_checkpoint": "the checkpoint is committed",
     "checkpoint.before_manifest": "all shards are on the disk, the manifest is not",
     "checkpoint.before_marker": "the manifest is on the disk, the marker is not",
-    "mirror.before_manifest": "a commit's files are in the mirror, their manifest is not",
-    "mirror.before_commit": "the manifest is in the mirror, the commit's entry in its log is not",
     "learner.before_step": "a rank is about to work on a step; subject: the rank",
     "learner.poisoned_loss": "a micro-batch's loss is known; `corrupt` makes it NaN",
     "learner.after_backward": "gradients are there, the weights are not updated",
