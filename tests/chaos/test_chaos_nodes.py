@@ -85,7 +85,6 @@ def test_row_10_a_node_is_killed_with_all_its_processes(tmp_path: Path, undistur
     assert "Learner" in roles
 
 
-@pytest.mark.xfail(strict=True, reason="calls that Ray gives up as unavailable are not repeated")
 def test_row_28_calls_of_ray_fail_under_everything(tmp_path: Path, undisturbed: Path) -> None:
     """Five in a hundred requests and replies of every call that Ray may repeat are lost."""
     failure = {"num_failures": -1, "req_failure_prob": 5, "resp_failure_prob": 5, "in_flight_failure_prob": 2}

@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from treadle.actors.calls import call
+
 ANSWER_S = 3.0
 
 
@@ -27,6 +29,6 @@ async def stacks_of(actors: Mapping[str, Any]) -> dict[str, str]:
 
 async def _stacks(actor: Any) -> str:
     try:
-        return str(await actor.stacks.remote())
+        return str(await call(actor, "stacks"))
     except RayError as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

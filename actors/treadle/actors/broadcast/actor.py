@@ -12,6 +12,7 @@ from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.phases import EngineLostError, Offer
+from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
 
@@ -24,10 +25,10 @@ class RaySource:
         self._outgoing = outgoing
 
     async def publish(self, step: int, bases: Collection[str]) -> Offered | None:
-        return await self._handle.publish.remote(step, self._outgoing, bases)
+        return await call_once(self._handle, "publish", step, self._outgoing, bases)
 
     async def dense(self, step: int) -> Offer:
-        return await self._handle.dense.remote(step)
+        return await call(self._handle, "dense", step)
 
 
 class RayReceiver:
@@ -37,10 +38,10 @@ class RayReceiver:
         self._handle = handle
 
     async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
-        return await _from_engine(self._handle.stage.remote(manifest, ticket))
+        return await _from_engine(call_once(self._handle, "stage", manifest, ticket))
 
     async def flip(self, version: WeightVersion) -> str:
-        return await _from_engine(self._handle.flip.remote(version))
+        return await _from_engine(call_once(self._handle, "flip", version))
 
 
 async def _from_engine(reference: Any) -> Any:
@@ -69,18 +70,23 @@ class CoordinatorActor:
             {name: RayReceiver(engine) for name, engine in engines.items()},
         )
 
+    @once
     async def register(self) -> int:
         return self._coordinator.register()
 
+    @once
     async def publish(self, step: int, token: int) -> PublishReport:
         return await self._coordinator.publish(step, token)
 
+    @once
     async def catch_up(self, name: str, engine: Any) -> WeightVersion | None:
         return await self._coordinator.catch_up(name, RayReceiver(engine))
 
+    @once
     async def forget(self, name: str) -> None:
         self._coordinator.forget(name)
 
+    @once
     async def held(self) -> Mapping[str, WeightVersion]:
         return self._coordinator.held
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.probe import Probe
+from treadle.actors.calls import call_once
 from treadle.actors.deaths import why
 from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.platform.errors import BroadcastError, TreadleError
@@ -124,9 +125,9 @@ class Broadcaster:
         return dataclasses.replace(report, metrics={**report.metrics, MISMATCH_MAX: difference})
 
     async def _asked(self, method: str, deadline_s: float, *args: Any) -> Any:
-        reference: Awaitable[Any] = getattr(self._coordinator, method).remote(*args)
+        asked = call_once(self._coordinator, method, *args)
         try:
-            return await asyncio.wait_for(reference, deadline_s)
+            return await asyncio.wait_for(asked, deadline_s)
         except TimeoutError as error:
             raise CoordinatorLostError(
                 f"broadcast.{method}: the weight coordinator did not answer within {deadline_s:g} s.",

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from treadle.actors.calls import once
 from treadle.actors.learner import process_group
 from treadle.actors.learner.figures import RankReport
 from treadle.actors.learner.fresh import ModelShape, random_model
@@ -56,7 +57,7 @@ class RefResolver:
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "weights": 1})
 class LearnerRankActor:
-    """See `LearnerRank`. Never restarted or retried by Ray: a half-made step must not be made again.
+    """See `LearnerRank`. Never restarted or retried by Ray: a half-made step must not be made again (`once`).
 
     Work runs on one thread; `phase` answers on another while work hangs, and published weights are handed out on a
     third while the next step is being made.
@@ -70,29 +71,36 @@ class LearnerRankActor:
         self._store: TCPStore | None = None
         self._outgoing: Offering | None = None
 
+    @once
     def open(self, deadline_s: float) -> tuple[str, int]:
         """Rank 0 only: opens the rendezvous; returns its host and port."""
         host = ray.util.get_node_ip_address()
         self._store = process_group.open_store(host, self._ranks, deadline_s)
         return host, self._store.port
 
+    @once
     def join(self, host: str, port: int) -> None:
         self._learner.phase = "joining the process group"
         process_group.join(self._rank, self._ranks, host, port, self._deadline_s, self._store)
         self._learner.phase = "idle"
 
+    @once
     def make_model(self, shape: ModelShape, target: str, seed: int) -> None:
         random_model(shape, target, seed)
 
+    @once
     def setup(self, spec: LearnerSpec) -> int:
         return self._learner.setup(spec)
 
+    @once
     def step(self, row: Sequence[Share | TrainSample], step: int, temperature: float) -> RankReport:
         return self._learner.step(row, step, temperature)
 
+    @once
     def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
         return self._learner.logprobs(sequences)
 
+    @once
     def publish(self, step: int, outgoing: Offering, bases: Collection[str]) -> Offered | None:
         """Gathers the full weights with the other ranks; rank 0 offers them. `bases` are the digests that engines
         hold, "" for none."""
@@ -119,12 +127,15 @@ class LearnerRankActor:
             )
         return self._outgoing.dense(step)
 
+    @once
     def save(self, folder: str, extra: Mapping[str, Json]) -> None:
         self._learner.save(folder, extra)
 
+    @once
     def load(self, folder: str) -> Mapping[str, Json]:
         return self._learner.load(folder)
 
+    @once
     def export_hf(self, folder: str) -> None:
         self._learner.export_hf(folder)
 

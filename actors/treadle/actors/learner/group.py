@@ -17,6 +17,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from treadle.actors.calls import call_once
 from treadle.actors.learner.actor import LearnerRankActor
 from treadle.actors.learner.config import GroupConfig
 from treadle.actors.learner.failures import GRACE_S, RankFailure, diagnose, refused_by_all
@@ -123,7 +124,7 @@ class LearnerGroup:
         start = time.monotonic()
         what = f"step {batch.step}{_groups(batch)}"
         refs = [
-            actor.step.remote(row, batch.step, batch.temperature)
+            call_once(actor, "step", row, batch.step, batch.temperature)
             for actor, row in zip(self._actors, batch.rows, strict=True)
         ]
         reports: list[RankReport] = await self._all(what, self._actors, refs, self._step_deadline())
@@ -174,7 +175,7 @@ class LearnerGroup:
     async def _ask(self, what: str, actors: Sequence[Any], method: str, deadline: float, *args: Any) -> Any:
         if not actors and not self._broken:
             raise LearnerError(f"learner.{what}: the group has no ranks.", "Call start first.")
-        refs = [getattr(actor, method).remote(*args) for actor in actors]
+        refs = [call_once(actor, method, *args) for actor in actors]
         return await self._all(what, actors, refs, deadline)
 
     async def _all(

@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from treadle.actors.calls import call
+
 IDLE = "idle"
 ANSWER_S = 3.0
 """How long a living process may take to say what it is doing."""
@@ -67,7 +69,7 @@ async def _listen(rank: int, actor: Any, heartbeat_s: float, deadline_s: float) 
         await asyncio.sleep(heartbeat_s)
         try:
             async with asyncio.timeout(deadline_s):
-                before = await actor.phase.remote()
+                before = await call(actor, "phase")
         except TimeoutError:
             doing = f"; before, it was: {before}" if before else ""
             return f"rank {rank} has been silent for {deadline_s:g} s{doing}."
@@ -77,6 +79,6 @@ async def _listen(rank: int, actor: Any, heartbeat_s: float, deadline_s: float) 
 
 async def _phase(actor: Any) -> str:
     try:
-        return str(await actor.phase.remote())
+        return str(await call(actor, "phase"))
     except RayError:
         return ""

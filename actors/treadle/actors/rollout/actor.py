@@ -10,6 +10,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
+from treadle.actors.calls import again, call, call_once, once
 from treadle.actors.deaths import why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.rollout.config import RolloutConfig
@@ -34,8 +35,8 @@ Asked: TypeAlias = tuple[Issue, int]
 SmallGroup: TypeAlias = tuple[Drawn, Packed, tuple[str, ...]]
 
 
-# Ray would repeat a call whose side effect happened, and restart without the weights: the pool does both
-# itself.
+# Ray would repeat a call whose side effect happened, and restart without the weights: calls are repeated by who
+# makes them (`once`), workers replaced by the pool.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class RolloutActor:
     """See `RolloutWorker`."""
@@ -44,6 +45,7 @@ class RolloutActor:
         self._worker = RolloutWorker(name, config)
         self._mail = Mailbox("rollout/draw", self._drawn, _LINGER_S)
 
+    @once
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await self._worker.load(model_folder, version)
 
@@ -51,17 +53,21 @@ class RolloutActor:
     async def draw(self, issue: Issue, min_version_step: int) -> DrawnGroup:
         return await self._worker.draw(issue, min_version_step)
 
+    @once
     async def post(self, letters: Sequence[Letter[Asked]]) -> None:
         """Draws small groups; `fetch` gives them out."""
         self._mail.post(letters)
 
+    @once
     async def fetch(self) -> list[Reply[SmallGroup]]:
         """See `Mailbox.fetch`."""
         return await self._mail.fetch()
 
+    @once
     async def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
         return await self._worker.stage(manifest, ticket)
 
+    @once
     async def flip(self, version: WeightVersion) -> str:
         return await self._worker.flip(version)
 
@@ -87,28 +93,31 @@ class RayWorker:
         self._courier: Courier[Asked, SmallGroup] = Courier(self._post, self._fetch)
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
-        return await _answer(self.actor.load.remote(model_folder, version))
+        return await _answer(call_once(self.actor, "load", model_folder, version))
 
     async def draw(self, issue: Issue, min_version_step: int) -> tuple[Drawn, Ref, Ref]:
         if _most_bytes(issue) <= _SMALL_BYTES:
             return await self._courier.ask((issue, min_version_step))
-        summary, group, texts = self.actor.draw.remote(issue, min_version_step)
-        return await _answer(summary), group, texts
+        return await _answer(again("draw", lambda: self._by_reference(issue, min_version_step)))
 
     async def logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
-        return await _answer(self.actor.logprobs.remote(list(sequences)))
+        return await _answer(call(self.actor, "logprobs", list(sequences)))
 
     async def status(self) -> WorkerStatus:
-        return await _answer(self.actor.status.remote())
+        return await _answer(call(self.actor, "status"))
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)
 
+    async def _by_reference(self, issue: Issue, min_version_step: int) -> tuple[Drawn, Ref, Ref]:
+        summary, group, texts = self.actor.draw.remote(issue, min_version_step)
+        return await summary, group, texts
+
     async def _post(self, letters: Sequence[Letter[Asked]]) -> None:
-        await _answer(self.actor.post.remote(letters))
+        await _answer(call_once(self.actor, "post", letters))
 
     async def _fetch(self) -> list[Reply[SmallGroup]]:
-        replies: list[Reply[SmallGroup]] = await _answer(self.actor.fetch.remote())
+        replies: list[Reply[SmallGroup]] = await _answer(call_once(self.actor, "fetch"))
         return replies
 
 

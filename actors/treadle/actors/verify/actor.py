@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
+from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.verify.asked import JudgeRequest
@@ -33,16 +34,19 @@ class VerifyActor:
         self._pool = ProcessPool(config)
         self._mail = Mailbox("verify, judge", self._judged, _LINGER_S)
 
+    @once
     async def start(self) -> None:
         await self._pool.start()
 
     async def judge(self, request: JudgeRequest, texts: tuple[str, ...]) -> tuple[Verdict, ...]:
         return await self._pool.judge(request, texts)
 
+    @once
     async def post(self, letters: Sequence[Letter[Asked]]) -> None:
         """Judges completions that came by value; `fetch` gives the verdicts out."""
         self._mail.post(letters)
 
+    @once
     async def fetch(self) -> list[Reply[Verdicts]]:
         """See `Mailbox.fetch`."""
         return await self._mail.fetch()
@@ -62,13 +66,13 @@ class RayVerifyHandle:
         self._courier: Courier[Asked, Verdicts] = Courier(self._post, self._fetch)
 
     async def start(self) -> None:
-        await _answer(self.actor.start.remote(), "start")
+        await _answer(call_once(self.actor, "start"), "start")
 
     async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
         if not isinstance(texts, ray.ObjectRef):
             return await self._by_value(request, texts)
         # As an argument of its own the reference is resolved in the actor: completions pass the driver by.
-        verdicts: Verdicts = await _answer(self.actor.judge.remote(request, texts), "judge")
+        verdicts: Verdicts = await _answer(call(self.actor, "judge", request, texts), "judge")
         return verdicts
 
     async def _by_value(self, request: JudgeRequest, texts: tuple[str, ...]) -> Verdicts:
@@ -80,16 +84,16 @@ class RayVerifyHandle:
             raise VerifierError(f"verify, judge: {type(error).__name__}: {error}."[:500]) from error
 
     async def ping(self) -> None:
-        await _answer(self.actor.ping.remote(), "ping")
+        await _answer(call(self.actor, "ping"), "ping")
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)
 
     async def _post(self, letters: Sequence[Letter[Asked]]) -> None:
-        await _answer(self.actor.post.remote(letters), "judge")
+        await _answer(call_once(self.actor, "post", letters), "judge")
 
     async def _fetch(self) -> list[Reply[Verdicts]]:
-        replies: list[Reply[Verdicts]] = await _answer(self.actor.fetch.remote(), "judge")
+        replies: list[Reply[Verdicts]] = await _answer(call_once(self.actor, "fetch"), "judge")
         return replies
 
 
