@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -115,6 +116,7 @@ class LocalWorker:
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.frozen = False
         self.drawn_ids: list[str] = []
+        self.node = ""
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await self._alive(self.worker.load(model_folder, version))
@@ -136,7 +138,7 @@ class LocalWorker:
     async def status(self) -> WorkerStatus:
         if self.frozen:
             await asyncio.sleep(3600)
-        return self.worker.status()
+        return dataclasses.replace(self.worker.status(), node=self.node)
 
     def kill(self) -> None:
         if not self.dead.done():

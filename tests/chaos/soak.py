@@ -30,7 +30,7 @@ from tests.chaos.book import percentile
 from tests.chaos.runs import events_of, mixed_and_stale
 from tests.e2e.programs import TINY, TREADLE, WITH_PROMPTS, Program, wait_until
 
-from treadle.platform.errors import LedgerError
+from treadle.platform.errors import LedgerError, StorageError
 from treadle.platform.ledger import Ledger
 
 CALM_S, STORM_S = 45.0, 180.0
@@ -94,6 +94,7 @@ class Soak:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self._random = random.Random(seed)
+        self._begun = False
         words = ("run", str(TINY), WITH_PROMPTS, *SETTINGS, "--dir", str(folder))
         self._program = Program(words=words)
         self._log = (folder.parent / "soak.log").open("w+")
@@ -109,6 +110,7 @@ class Soak:
         """Waits for the first steps. Raises `RuntimeError` where none come."""
         if not wait_until(lambda: self.trained() > 30 or not self.alive(), 600) or not self.alive():
             raise RuntimeError(f"the run did not begin: {self.said()}")
+        self._begun = True
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -123,8 +125,10 @@ class Soak:
         try:
             with Ledger.open(self.folder / "ledger.sqlite", read_only=True) as ledger:
                 return ledger.audit().trained
-        except LedgerError:  # not there yet
-            return 0
+        except (StorageError, LedgerError):
+            if self._begun:
+                raise
+            return 0  # it is not there yet, or half made
 
     def window(self, kind: str, seconds: float, faults: Sequence[Fault]) -> Window:
         """Lets the run go on, disturbed by `faults`; a last one has at least 20 s to be mended in the window."""

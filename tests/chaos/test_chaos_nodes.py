@@ -1,4 +1,4 @@
-"""Rows 10 and 28: nodes die, and Ray's calls fail."""
+"""Rows 10, 28 and 29: nodes die, or say that they will; Ray's calls fail."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import PATIENT, account, chaotic, clean, first_step_after, same_bits
-from tests.clusters import Node, cluster_of, end_node
+from tests.chaos.runs import PATIENT, account, chaotic, clean, events_of, first_step_after, same_bits
+from tests.clusters import BIN, Node, RunningCluster, cluster_of, end_node
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, summary_of, wait_until
 
 pytestmark = [
@@ -28,6 +28,7 @@ QUICK_CHECKS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+NOTICE_S = 20
 COMMIT = Path("checkpoints/rl/step-00000002/COMMITTED")
 
 
@@ -35,6 +36,35 @@ def processes_of(node: subprocess.Popen[bytes], title: str) -> list[psutil.Proce
     """The node's role processes of a kind."""
     family = psutil.Process(node.pid).children(recursive=True)
     return [member for member in family if member.is_running() and any(title in w for w in member.cmdline())]
+
+
+def steps_of(folder: Path) -> int:
+    """Steps whose figures are there."""
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return max((line["step"] + 1 for line in lines if line["stage"] == "rl"), default=0)
+
+
+def commits_of(folder: Path) -> list[int]:
+    return sorted(
+        int(file.parent.name.removeprefix("step-"))
+        for file in folder.glob(f"{COMMIT.parent.parent}/*/COMMITTED")
+    )
+
+
+def drain(cluster: RunningCluster, node: subprocess.Popen[bytes], left_s: int) -> None:
+    """Tells Ray's head that a node will be gone, as a provider's notice does."""
+    [node_id] = [
+        word.split("=", 1)[1]
+        for process in psutil.Process(node.pid).children(recursive=True)
+        if process.name() == "raylet"
+        for word in process.cmdline()
+        if word.startswith("--node_id=")
+    ]
+    command = [str(BIN / "ray"), "drain-node", "--address", cluster.address, "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+    command += ["--deadline-remaining-seconds", str(left_s)]
+    subprocess.run(command, env={**cluster.environment(), "RAY_AUTH_MODE": "token"}, check=True, timeout=60)
 
 
 def test_row_10_a_node_is_killed_with_all_its_processes(tmp_path: Path, undisturbed: Path) -> None:
@@ -101,3 +131,50 @@ def test_row_28_calls_of_ray_fail_under_everything(tmp_path: Path, undisturbed: 
     )
     assert clean(found), found
     assert same_bits(chaos.folder, undisturbed)
+
+
+def test_row_29_a_spot_machine_is_taken_back_with_notice(tmp_path: Path, undisturbed: Path) -> None:
+    """The node with most roles is drained with 20 s to go, and is then gone. Commits would be far apart."""
+    folder = tmp_path / "run"
+    with cluster_of(Node(cpus=0), *(Node(cpus=4) for _ in range(3)), **QUICK_CHECKS) as cluster:
+        program = Program(
+            words=(
+                *("run", str(TINY), WITH_PROMPTS, *PATIENT, "checkpoint.every_steps=100"),
+                *("--dir", str(folder), "--address", cluster.address),
+            ),
+            environment={**cluster.environment(), "TREADLE_FAILPOINTS": "driver.after_lease=sleep:6@*"},
+        )
+        process = program.start()
+        try:
+            assert wait_until(lambda: steps_of(folder) > 0 or process.poll() is not None, 900)
+            assert process.poll() is None, process.communicate()
+            fullest = max(cluster.nodes[1:], key=lambda node: len(processes_of(node, "ray::")))
+            drained = time.time()
+            drain(cluster, fullest, NOTICE_S)
+            assert wait_until(lambda: bool(events_of(folder, "leaving")) or process.poll() is not None, 60)
+            assert wait_until(lambda: any(folder.glob("checkpoints/rl/*/COMMITTED")), 20), "no commit in time"
+            committed = time.time() - drained
+            time.sleep(max(0.0, drained + NOTICE_S - time.time()))
+            done, committed_steps = steps_of(folder), commits_of(folder)
+            end_node(fullest)
+            out, err = process.communicate(timeout=900)
+        except BaseException:
+            process.kill()
+            raise
+        assert process.returncode == 0, (out, err)
+    found = account(folder)
+    lost = done - committed_steps[-1]
+    write_row(
+        Row(
+            row=29,
+            fault="a node is drained with 20 s notice, then gone",
+            seconds=[committed],
+            account=found,
+            same_bits=same_bits(folder, undisturbed),
+            figures={"commit after notice s": round(committed, 1), "steps done": done, "steps lost": lost},
+        )
+    )
+    assert clean(found), found
+    assert same_bits(folder, undisturbed)
+    assert lost <= 1
+    assert summary_of(folder)["recoveries"], "the node's death went unnoticed"

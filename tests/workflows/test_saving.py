@@ -84,6 +84,18 @@ def test_only_every_nth_step_is_saved_and_only_the_newest_are_kept(stages) -> No
     assert stage.committed() == [6, 8]
 
 
+@pytest.mark.parametrize("every_steps", [0, 2])
+def test_a_commit_in_a_hurry_is_made_after_the_next_step_and_once(stages, every_steps: int) -> None:  # type: ignore[no-untyped-def]
+    stage = stages(CheckpointConfig(every_steps=every_steps, keep=9))
+    stage.play(range(2, 4))
+    stage.keeper.hurry()
+    stage.play(range(4, 5))
+    hurried = stage.committed()
+    stage.play(range(5, 7))
+    assert hurried == ([4, 5] if every_steps else [5])
+    assert stage.committed() == ([4, 5, 6] if every_steps else [5])
+
+
 def test_nothing_is_saved_when_checkpoints_are_off(stages) -> None:  # type: ignore[no-untyped-def]
     stage = stages(CheckpointConfig(every_steps=0))
     stage.play(range(5))

@@ -49,6 +49,10 @@ class Placement:
             first += spec.count
         raise PlacementError(f"No bundle was reserved for {role} {index}.", "Reserve it with its RoleSpec.")
 
+    def nodes(self) -> frozenset[str]:
+        """The ids of the nodes that hold a bundle now. Asks Ray's head: not for an event loop."""
+        return frozenset(placement_group_table(self.group)["bundles_to_node_id"].values())
+
     def release(self) -> None:
         """Gives everything back."""
         remove_placement_group(self.group)

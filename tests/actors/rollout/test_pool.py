@@ -73,6 +73,24 @@ def test_draws_spread_over_the_least_loaded_workers() -> None:
     bench.run(use)
 
 
+def test_draws_avoid_a_node_that_leaves_while_another_can_draw() -> None:
+    bench = Bench(step_s=0.002)
+
+    async def use(pool: RolloutPool) -> None:
+        leaver, stayer = bench.workers
+        leaver.node, stayer.node = "spot", "reserved"
+        while not all(status.node for status in pool.statuses.values()) or len(pool.statuses) < 2:
+            await asyncio.sleep(0.01)
+        pool.avoid(["spot"])
+        await asyncio.gather(*(pool.draw(issue(f"p{n}")) for n in range(8)))
+        assert [len(leaver.drawn_ids), len(stayer.drawn_ids)] == [0, 8]
+        pool.avoid(["spot", "reserved"])  # better there than nowhere
+        await asyncio.gather(*(pool.draw(issue(f"q{n}")) for n in range(8)))
+        assert [len(leaver.drawn_ids), len(stayer.drawn_ids)] == [4, 12]
+
+    bench.run(use)
+
+
 def test_a_killed_workers_issues_are_drawn_again_with_the_same_samples() -> None:
     calm, rough = Bench(), Bench(step_s=0.01)
     expected: dict[str, list[list[int]]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from treadle.actors.stacks import stacks_of
 from treadle.actors.verify.actor import ray_verifier_pool
 from treadle.actors.verify.client import VerifierPool
 from treadle.cluster.placement import Placement, reserve
+from treadle.cluster.preemption import leaving
 from treadle.platform.errors import BroadcastError
 from treadle.platform.objectives.base import Objective
 from treadle.platform.records import PublishReport, RoleSpec, WeightVersion
@@ -108,6 +109,16 @@ class Crew:
     def tell(self, told: Told) -> None:
         """From now on `told` hears of every process that a role has replaced by itself."""
         self._told = self._rollouts.told = self._verifiers.told = told
+
+    def leaving(self) -> Mapping[str, float]:
+        """The nodes of this run that are being drained, by id, with the seconds they have left. Not for an event
+        loop."""
+        mine = self._placement.nodes()
+        return {node: left_s for node, left_s in leaving().items() if node in mine}
+
+    def avoid(self, nodes: Collection[str]) -> None:
+        """New draws go to engines on other nodes."""
+        self._rollouts.avoid(nodes)
 
     async def start_learner(self) -> None:
         """Raises `LearnerError` or `DeadlineError` if the ranks do not come up."""

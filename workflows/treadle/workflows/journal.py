@@ -155,6 +155,10 @@ class Journal:
                 "Lower the learning rate, or look at the groups of the `skipped` events in events.jsonl.",
             )
 
+    def hurry(self) -> None:
+        """See `CheckpointKeeper.hurry`."""
+        self._keeper.hurry()
+
     def note(self, figures: Mapping[str, float]) -> None:
         """Figures that go with the next step's: what an evaluation in between has found."""
         self._notes.update(figures)

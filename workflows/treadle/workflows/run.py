@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 
 REPLACED = "replaced"
+LEAVING = "leaving"
+LAST_S = 30.0
 
 
 class Run:
@@ -58,6 +61,7 @@ class Run:
         self.recoveries = 0
         self.replacements: dict[str, int] = {}
         self._journals: dict[str, Journal] = {}
+        self._left: frozenset[str] = frozenset()
         self._started, self._stage_started = started, started
         self._model = ""
 
@@ -84,6 +88,21 @@ class Run:
             REPLACED,
             {"role": what.role, "name": what.name, "message": what.cause, "seconds": round(what.seconds, 3)},
         )
+
+    def leave(self, nodes: Mapping[str, float]) -> None:
+        """Nodes of the run, by id, will be gone in so many seconds: no new draws there, and a commit after this step
+        (after every step of their last `LAST_S`). Called again and again while they last; what is new is told."""
+        self.crew.avoid(nodes)
+        for node in nodes.keys() - self._left:
+            left = "soon" if math.isinf(nodes[node]) else f"in {nodes[node]:.0f} s"
+            self.tracker.say(
+                f"Node {node[:8]} will be gone {left}: no new draws there, a commit after this step."
+            )
+            self.tracker.event(LEAVING, {"node": node, "left_s": min(nodes[node], 1e9)})
+        if nodes.keys() - self._left or any(left_s < LAST_S for left_s in nodes.values()):
+            for journal in list(self._journals.values())[-1:]:
+                journal.hurry()
+        self._left = frozenset(nodes)
 
     def doing(self) -> tuple[str, int, str, float]:
         """The newest stage, the step it is at, the phase of that step and for how many seconds."""

@@ -46,6 +46,7 @@ class CheckpointKeeper:
     def __init__(self, config: CheckpointConfig, root: str, ledger: Ledger, learner: Learner) -> None:
         self._config, self._ledger, self._learner = config, ledger, learner
         self._checkpoints = Checkpoints(root)
+        self._hurried = False
 
     async def restore(self, stage: str) -> Position:
         """Loads the newest valid checkpoint of a stage into the learner and rolls the ledger back to it; without
@@ -62,10 +63,14 @@ class CheckpointKeeper:
         restored = self._ledger.rollback_to(stage, newest.meta.ledger_mark)
         return Position(step=restored.step, cursor=restored.cursor, pending=restored.pending)
 
+    def hurry(self) -> None:
+        """The next step is saved, whether it would be due or not: what was made since the last commit is in danger."""
+        self._hurried = True
+
     def due(self, step: int) -> bool:
-        """Whether `step` steps are a multiple of `every_steps`."""
+        """Whether `step` steps are a multiple of `every_steps`, or somebody has said `hurry`."""
         every = self._config.every_steps
-        return every > 0 and step % every == 0
+        return self._hurried or (every > 0 and step % every == 0)
 
     async def after_step(self, stage: str, step: int, cursor: int, *, with_groups: bool) -> bool:
         """Saves if a checkpoint is due. Returns whether it did."""
@@ -85,5 +90,6 @@ class CheckpointKeeper:
         meta = CheckpointMeta(step=step, cursor=cursor, ledger_mark=step if with_groups else -1)
         self._checkpoints.commit(stage, meta)
         self._checkpoints.retain(stage, self._config.keep)
+        self._hurried = False
         failpoint("driver.after_checkpoint")
         return True

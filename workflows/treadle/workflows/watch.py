@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from treadle.workflows.run import Run
 
 EVERY_S = 5.0
+HEED_EVERY_S = 2.0
+"""A spot machine has 30 s to two minutes left when it is told."""
 ROLES_FILE, FAILURES_FOLDER = "roles.json", "failures"
 
 
 @asynccontextmanager
 async def watched(run: Run) -> AsyncIterator[None]:
-    """Keeps `roles.json` up to date while the block runs.
+    """Keeps `roles.json` up to date and heeds notices of nodes that leave while the block runs.
 
-    consumes: what roles say; waits for: the next look, every `EVERY_S`; unblocked by: the clock, or the block's end;
-    produces: the file, unless another process has taken the run over. A look that fails is missed, and the next one
-    comes: watching must not end a run.
+    consumes: what roles and Ray's head say; waits for: the next look, every `EVERY_S`; unblocked by: the clock, or the
+    block's end; produces: the file, unless another process has taken the run over, and `run.leave`. A look that fails
+    is missed, and the next one comes: watching must not end a run.
     """
 
     async def look() -> None:
@@ -41,12 +43,19 @@ async def watched(run: Run) -> AsyncIterator[None]:
                 run.ledger.check_held()
                 await asyncio.to_thread(write_json, run.folder.path / ROLES_FILE, seen)
 
-    task = asyncio.create_task(look(), name="watch roles")
+    async def heed() -> None:
+        while True:
+            await asyncio.sleep(HEED_EVERY_S)
+            with suppress(TreadleError):
+                run.leave(await asyncio.to_thread(run.crew.leaving))
+
+    tasks = [asyncio.create_task(look(), name="watch roles"), asyncio.create_task(heed(), name="watch nodes")]
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def record_failure(run: Run, error: TreadleError) -> Path:

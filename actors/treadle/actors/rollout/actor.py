@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -43,6 +44,7 @@ class RolloutActor:
 
     def __init__(self, name: str, config: RolloutConfig) -> None:
         self._worker = RolloutWorker(name, config)
+        self._node = ray.get_runtime_context().get_node_id()
         self._mail = Mailbox("rollout/draw", self._drawn, _LINGER_S)
 
     @once
@@ -75,7 +77,7 @@ class RolloutActor:
         return await self._worker.logprobs(sequences)
 
     async def status(self) -> WorkerStatus:
-        return self._worker.status()
+        return dataclasses.replace(self._worker.status(), node=self._node)
 
     async def stacks(self) -> str:
         return stacks()

@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -58,6 +58,7 @@ class RolloutPool:
         self._model: tuple[str, WeightVersion] = ("", WeightVersion(step=0))
         self._failure: RolloutError | None = None
         self._poisoned: dict[str, PoisonedError] = {}
+        self._leaving: Collection[str] = ()
         self._one_suspect = asyncio.Lock()
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,6 +129,10 @@ class RolloutPool:
             raise RolloutError("rollout/logprobs: no worker answered.", "See the workers' logs.")
         return found
 
+    def avoid(self, nodes: Collection[str]) -> None:
+        """From now on draws go to workers on other nodes, as long as there are any: these nodes will soon be gone."""
+        self._leaving = frozenset(nodes)
+
     def close(self) -> None:
         """Ends all workers. Draws in flight fail."""
         self._failure = self._failure or RolloutError("rollout: the pool is closed.")
@@ -194,13 +199,13 @@ class RolloutPool:
         story[1:] = [f"Refused before: {error.message}"]
 
     async def _chosen(self) -> Member:
-        """The least loaded worker that may hold the right weights."""
+        """The least loaded worker that may hold the right weights and will stay."""
         while True:
             self._refuse_if_failed()
             now = time.monotonic()
             able = [m for m in self._members.values() if m.ready and m.retry_s <= now and not m.reserved]
             if able:
-                return min(able, key=lambda m: m.draws)
+                return min(able, key=lambda m: (m.is_on(self._leaving), m.draws))
             await self._any_news()
 
     async def _any_news(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Any, TypeVar
 
 from treadle.actors.rollout.config import RolloutConfig
@@ -28,6 +28,10 @@ class Member:
         self.retry_s = 0.0  # monotonic; before it the worker is known to hold weights too old
         self.status: WorkerStatus | None = None
         self._gone: asyncio.Future[RoleError] = asyncio.get_running_loop().create_future()
+
+    def is_on(self, nodes: Collection[str]) -> bool:
+        """Whether it has said that it is on one of them."""
+        return self.status is not None and self.status.node in nodes
 
     @property
     def gone(self) -> bool:

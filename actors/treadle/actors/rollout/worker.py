@@ -37,6 +37,7 @@ class WorkerStatus:
     drawn_tokens: int
     silent_s: float
     failure: str
+    node: str = ""  # Ray's id of it
 
 
 class RolloutWorker:
