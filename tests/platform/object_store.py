@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,33 +14,65 @@ from typing import Any
 import pytest
 
 BUCKET = "treadle-test"
+ERRORS = {
+    "500": "InternalError",
+    "503": "SlowDown",
+    "403": "ExpiredToken",
+    "404": "NoSuchKey",
+}
 
 
 class Faults:
-    """In front of the server: answers the next requests for objects with the faults in `due`.
+    """In front of the server: answers the next requests for objects with the faults in `due`, or all of them with
+    `always`. Only requests that `concern` says yes to (method, path) are counted and disturbed.
 
-    "500" and "503" are errors as S3 words them; "cut" promises the whole body and ends half-way.
+    "500", "503", "403" and "404" are errors as S3 words them. "cut" promises the whole body and ends half-way. "stall"
+    does nothing for `stall_s`. "reset" resets the connection; "lost" does so after the request was carried out.
     """
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
         self.due: list[str] = []
+        self.always = ""
         self.seen = 0
+        self.stall_s = 3.0
+        self.concern: Callable[[str, str], bool] = lambda method, path: True
         self._application = application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        is_object = environ["PATH_INFO"].count("/") > 1
-        self.seen += is_object
-        fault = self.due.pop(0) if self.due and is_object else ""
+        path = environ["PATH_INFO"]
+        concerned = path.count("/") > 1 and self.concern(environ["REQUEST_METHOD"], path)
+        self.seen += concerned
+        fault = (self.due.pop(0) if self.due else self.always) if concerned else ""
         if fault == "cut":
             body = b"".join(self._application(environ, start_response))
             return [body[: len(body) // 2]]
+        if fault in ("reset", "lost"):
+            if fault == "lost":
+                list(self._application(environ, lambda *_: None))
+            return _reset(environ, start_response)
+        if fault == "stall":
+            time.sleep(self.stall_s)
+            return _reset(environ, start_response)
         if fault:
-            code = {"500": "InternalError", "503": "SlowDown"}[fault]
-            body = f"<Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
-            headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
-            start_response(f"{fault} {code}", headers)
-            return [body]
+            return _refused(fault, environ, start_response)
         return self._application(environ, start_response)
+
+
+def _refused(fault: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    body = f"<Error><Code>{ERRORS[fault]}</Code><Message>on purpose</Message></Error>".encode()
+    headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+    start_response(f"{fault} {ERRORS[fault]}", headers)
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+def _reset(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    connection = environ["werkzeug.socket"]
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.shutdown(socket.SHUT_RDWR)
+    start_response("500 Reset", [("Content-Length", "0")])
+    return []
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,14 @@ class Checkpoints:
             if self._store.exists(f"{_folder(stage, step)}/{MARKER}")
         ]
 
-    def retain(self, stage: str, keep: int) -> list[CheckpointRef]:
-        """Removes all committed ones but the newest `keep` (at least one), and returns the removed."""
+    def retain(self, stage: str, keep: int, spared: Collection[int] = frozenset()) -> list[CheckpointRef]:
+        """Removes all committed ones but the newest `keep` (at least one) and those of the `spared` steps, and returns
+        the removed."""
         if keep < 1:
             raise CheckpointError(
                 f"keep={keep} would remove every checkpoint.", "Set checkpoint.keep to 1 or more."
             )
-        surplus = self.committed(stage)[:-keep]
+        surplus = [ref for ref in self.committed(stage)[:-keep] if ref.step not in spared]
         for ref in surplus:
             self._remove(stage, ref.step)
         return surplus
@@ -180,6 +181,12 @@ def verify(folder: str | Path) -> CheckpointMeta:
         if _crc32(store, name) != entry["crc32"]:
             raise CheckpointError(f"{store.url_of(name)} is damaged: its CRC-32 does not match the manifest.")
     return meta
+
+
+def manifest_of(folder: str | Path) -> dict[str, dict[str, int]]:
+    """The files of a checkpoint by name, with their `bytes` and `crc32`. Raises `CheckpointError` if the manifest is
+    missing or damaged."""
+    return _decode(open_store(folder))[1]
 
 
 def _checked(stage: str) -> str:

@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -350,10 +350,11 @@ class Ledger:
             return read_audit(self._db, stage)
 
     def snapshot(self, target: Path) -> None:
-        """Writes a consistent copy of the ledger to a new file, e.g. to upload it with a checkpoint."""
-        with self._lock, explained(target):
-            copy = sqlite3.connect(target)
-            try:
-                self._db.backup(copy)
-            finally:
-                copy.close()
+        """Writes a consistent copy of the ledger to a new file, e.g. to mirror it with a checkpoint. Others may go on
+        writing meanwhile."""
+        with (
+            explained(target),
+            closing(connect(self.path, read_only=True)) as source,
+            closing(sqlite3.connect(target)) as copy,
+        ):
+            source.backup(copy)

@@ -100,6 +100,12 @@ TIMING_CHECKPOINT = _metric("timing_s/checkpoint", "writing a checkpoint", "s")
 TIMING_EVALUATE = _metric("timing_s/evaluate", "evaluating on held-out prompts", "s")
 TIMING_STEP = _metric("timing_s/step", "the whole step", "s")
 
+MIRROR_NEWEST_STEP = _metric("mirror/newest_step", "the stage's step of the newest mirrored commit", "steps")
+MIRROR_LAG_STEPS = _metric(
+    "mirror/lag_steps", "steps between the newest commit and the newest mirrored one", "steps"
+)
+MIRROR_LAG_S = _metric("mirror/lag_s", "waiting time of the oldest commit that is newer than the mirror", "s")
+MIRROR_SKIPPED = _metric("mirror/skipped", "commits that were never copied, since newer ones came", "commits")
 
 WEIGHTS_SENT_BYTES = _metric("weights/sent_bytes", "bytes sent to the engines by the publication", "bytes")
 WEIGHTS_BEHIND = _metric("weights/behind", "engines left at an older version", "engines")

@@ -44,14 +44,15 @@ PROBE_ATTEMPTS = 2
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def open_store(url: str | Path) -> Store:
+def open_store(url: str | Path, *, read_timeout_s: float = S3_READ_TIMEOUT_S) -> Store:
     """The store at a path or an fsspec URL (`file://`, `s3://`, `memory://`, ...). S3 takes its endpoint from
     `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, its region from `AWS_DEFAULT_REGION`, its credentials from
-    where botocore finds them. Raises `StorageError` when nobody answers there."""
+    where botocore finds them; each of its requests is given up after `read_timeout_s` without a byte. Raises
+    `StorageError` when nobody answers there."""
     text = str(url)
     scheme = text.partition("://")[0] if "://" in text else "file"
     if scheme in ("s3", "s3a"):
-        return Store(_s3_filesystem(text), text.rstrip("/"), endpoint=_s3_endpoint() or "AWS")
+        return Store(_s3_filesystem(text, read_timeout_s), text.rstrip("/"), endpoint=_s3_endpoint() or "AWS")
     if scheme in ("file", "local"):
         path = os.path.abspath(text.partition("://")[2] if "://" in text else text)
         return Store(LocalFileSystem(), path)
@@ -210,15 +211,22 @@ class Store:
     def crc32(self, path: str) -> int:
         """CRC-32 of the file's bytes, read once in blocks."""
         crc = 0
+        for block in self.blocks(path):
+            crc = zlib.crc32(block, crc)
+        return crc
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in blocks. What goes wrong while it is read is said of this file, also where another one
+        is being written."""
         with self.reading(path) as stream:
             while block := stream.read(BLOCK_BYTES):
-                crc = zlib.crc32(block, crc)
-        return crc
+                yield block
 
     def copy_to(self, path: str, other: Store, target: str) -> None:
         """Streams one file into another store."""
-        with self.reading(path) as source, other.writing(target) as sink:
-            shutil.copyfileobj(source, sink, BLOCK_BYTES)
+        with other.writing(target) as sink:
+            for block in self.blocks(path):
+                sink.write(block)
 
     def upload(self, folder: Path, path: str = "") -> None:
         """Copies the files of a local folder so that `folder/x` becomes `path/x`, whether or not `path`
@@ -310,7 +318,7 @@ def _s3_endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _s3_filesystem(url: str) -> Any:
+def _s3_filesystem(url: str, read_timeout_s: float) -> Any:
     endpoint = _s3_endpoint()
     _probe(endpoint or f"https://s3.{os.environ.get('AWS_DEFAULT_REGION', 'us-east-1')}.amazonaws.com", url)
     filesystem = fsspec.filesystem(
@@ -319,7 +327,7 @@ def _s3_filesystem(url: str) -> Any:
         use_listings_cache=False,
         config_kwargs={
             "connect_timeout": S3_CONNECT_TIMEOUT_S,
-            "read_timeout": S3_READ_TIMEOUT_S,
+            "read_timeout": read_timeout_s,
             "retries": {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
         },
     )

@@ -89,7 +89,13 @@ def demo(
 
 @app.command()
 def resume(
-    run_folder: RunArg,
+    run: Annotated[
+        str, typer.Argument(help="A run folder, or the URL of a mirror, which is continued in --dir.")
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="With a URL: the new run folder; the default is runs/<last part of it>."),
+    ] = None,
     address: Address = "",
     take_over: Annotated[
         bool,
@@ -99,10 +105,10 @@ def resume(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a run that was stopped or killed, from its newest committed checkpoint."""
+    """Continue a run that was stopped or killed, from its newest committed checkpoint, here or in its mirror."""
     from treadle.workflows import commands
 
-    _finish(commands.resume(run_folder, address, take_over=take_over, as_json=as_json), as_json)
+    _finish(commands.resume(run, folder, address, take_over=take_over, as_json=as_json), as_json)
 
 
 @app.command()

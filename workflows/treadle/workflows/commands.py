@@ -12,7 +12,7 @@ from typing import Any
 from treadle.platform.config import to_yaml
 from treadle.platform.errors import ConfigError, Interrupted
 from treadle.workflows.data.tokenization import load_tokenizer
-from treadle.workflows.folder import RunFolder, read_json, replace_file
+from treadle.workflows.folder import RunFolder, read_json, refuse_url, replace_file
 from treadle.workflows.inputs import build_inputs
 from treadle.workflows.outputs import outputs_of
 from treadle.workflows.progress import holder
@@ -42,8 +42,19 @@ def run(
     return _play(recipe, target, as_json)
 
 
-def resume(path: Path, address: str, *, take_over: bool, as_json: bool) -> Result:
-    """Continues a run from its folder alone. Whoever ran it before can write nothing more from then on."""
+def resume(source: str, folder: Path | None, address: str, *, take_over: bool, as_json: bool) -> Result:
+    """Continues a run from its folder, or from its mirror in a new folder. Whoever ran it before can write nothing
+    more from then on."""
+    if "://" in source:
+        path = folder or Path("runs") / source.rstrip("/").rpartition("/")[2]
+        _rebuilt(source, path)
+    elif folder is not None:
+        raise ConfigError(
+            f"--dir {folder} goes with the URL of a mirror, not with a run folder.",
+            f"Leave --dir out: {source} is continued where it is.",
+        )
+    else:
+        path = Path(source)
     target = RunFolder.existing(path)
     recipe = load_recipe(target.config)
     state = target.state()
@@ -58,6 +69,16 @@ def resume(path: Path, address: str, *, take_over: bool, as_json: bool) -> Resul
         recipe = _addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
     return _play(recipe, path, as_json)
+
+
+def _rebuilt(url: str, path: Path) -> None:
+    """Makes the run folder, whose recipe names the mirror as it was named here."""
+    from treadle.workflows.mirroring import rebuild
+
+    folder = rebuild(url, path)
+    recipe = load_recipe(folder.config)
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror=url.rstrip("/")))
+    replace_file(folder.config, to_yaml(recipe))
 
 
 def evaluate_model(model: Path, source: str, overrides: Sequence[str], address: str) -> Result:
@@ -81,6 +102,7 @@ def submit(
     """Runs the recipe as a Ray job on the cluster behind `address`."""
     from treadle.cluster.submit import submit_recipe
 
+    refuse_url(folder)
     recipe = load_recipe(source, overrides)
     _check_inputs(recipe)
     return submit_recipe(

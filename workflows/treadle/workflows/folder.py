@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 from treadle.platform.config import diff_from_defaults, to_yaml
 from treadle.platform.errors import ConfigError, DataError
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)")  # a Path joins the two slashes into one
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class RunFolder:
     artifacts/<stage>/ what a stage left: a Hugging Face folder and stage.json
     rollouts/          sampled completions with their verdicts, as Parquet
     logs/              the roles' logs
+    mirror.json        how far the mirror is; mirror/: what waits to be copied there
     roles.json         what every role is doing, every few seconds
     failures/          what was known at each failure: roles, stacks
     summary.json, report.html
@@ -51,6 +55,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def mirror(self) -> Path:
+        return self.path / "mirror.json"
+
+    @property
     def tokenizer(self) -> Path:
         return self.path / "artifacts" / "tokenizer"
 
@@ -66,6 +74,7 @@ class RunFolder:
     def clear(cls, path: Path, *, fresh: bool) -> None:
         """Makes sure that a new run can go there: raises `ConfigError` if something lies there, unless it is a
         run and `fresh` says to remove it."""
+        refuse_url(path)
         if cls(path).config.exists():
             if not fresh:
                 raise ConfigError(
@@ -94,7 +103,8 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """Raises `DataError` if no run lies there."""
+        """Raises `DataError` if no run lies there, `ConfigError` for a URL."""
+        refuse_url(path)
         folder = cls(path)
         if not folder.config.exists():
             raise DataError(
@@ -109,6 +119,17 @@ class RunFolder:
     def set_state(self, **fields: Any) -> None:
         """Updates run.json atomically."""
         write_json(self.path / "run.json", self.state() | fields)
+
+
+def refuse_url(path: str | Path) -> None:
+    """Raises `ConfigError` for a run folder that is not on a disk: its ledger needs one."""
+    if found := _URL.match(str(path)):
+        scheme, rest = found.groups()
+        raise ConfigError(
+            f"{scheme}://{rest} is no folder on a disk, which a run needs.",
+            f"Give a local --dir and set checkpoint.mirror={scheme}://{rest}; `treadle resume {scheme}://{rest} "
+            "--dir NEW` continues a mirrored run.",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

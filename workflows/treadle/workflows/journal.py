@@ -124,6 +124,7 @@ class Journal:
         assert self._stream is not None
         dropped = self._newly_dropped(self._stream)
         metrics = step_metrics(groups, report, published, self.clock.lap(), dropped) | self._noted()
+        metrics |= self._keeper.figures()
         report = replace(report, metrics=metrics, version=published.version)
         self._tracker.log(report.step, metrics)
         await self._checkpoint(report.step + 1, self._stream.cursor, with_groups=True)
@@ -135,7 +136,9 @@ class Journal:
         self._count_refused(report, ())
         timings = self.clock.lap()
         rate = {names.PERF_TOKENS_PER_S: report.tokens / max(timings[names.TIMING_STEP], 1e-9)}
-        report = replace(report, metrics={**report.metrics, **rate, **timings, **self._noted()})
+        report = replace(
+            report, metrics={**report.metrics, **rate, **timings, **self._noted(), **self._keeper.figures()}
+        )
         self._tracker.log(report.step, report.metrics)
         await self._checkpoint(report.step + 1, report.step + 1, with_groups=False)
         return report

@@ -32,6 +32,7 @@ from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.evaluate import EvalReport, evaluate
 from treadle.workflows.folder import RunFolder, write_json
 from treadle.workflows.inputs import StageInputs, build_inputs, stage_inputs
+from treadle.workflows.mirroring import check_new_mirror, mirrored
 from treadle.workflows.models import check_model_folder
 from treadle.workflows.outputs import finished, record
 from treadle.workflows.recipe import Recipe
@@ -62,6 +63,8 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         inputs = build_inputs(
             recipe, tokenizer
         )  # whatever is wrong with the data is said before a folder exists
+        if not RunFolder(path).config.exists():
+            check_new_mirror(recipe.checkpoint)
         folder = RunFolder.of(path, recipe)
         shutil.copytree(drafted, folder.tokenizer, dirs_exist_ok=True)
     staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
@@ -82,21 +85,25 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
     try:
         with (
             Ledger.open(folder.ledger) as ledger,
+            mirrored(recipe.checkpoint, folder, ledger, tracker) as mirror,
             open_session(recipe.cluster, role_specs(recipe), folder.path / "logs", preloads(recipe)),
             RayMetrics(recipe.name) as metrics,
         ):
             tracker.mirror_to(metrics)
             crew = await open_crew(recipe, staleness)
-            run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started)
+            run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started, mirror)
             crew.tell(run.replaced)
             try:
                 async with watched(run):
                     yield run
+                await run.settle_mirror()
             except FencedError:
                 raise
             except TreadleError as error:
                 with suppress(OSError):  # the failure itself must be told
                     await record_failure(run, error)
+                if mirror:
+                    await mirror.settle(patient=False)
                 raise
             finally:
                 await crew.close()
@@ -133,7 +140,10 @@ async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
                 run.entered()
                 output = await play_stage(run, name, config, policy)
                 record(folder, output)
+                if run.mirror:
+                    await run.mirror.offer(name, output.steps)
             run.outputs[name] = output
+        await run.settle_mirror()
         summary = summarise(run)
         write_json(folder.summary, summary)
     _draw_report(folder)

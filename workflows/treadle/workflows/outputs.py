@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +58,28 @@ def finished(folder: RunFolder, stage: str, key: str) -> StageOutput | None:
     path = folder.output(stage)
     if not path.exists():
         return None
-    output = StageOutput.from_json(read_json(path))
+    output = _read(folder, path)
     return output if output.key == key else None
 
 
 def record(folder: RunFolder, output: StageOutput) -> None:
-    """Marks the stage as finished. Written last, so a stage is either whole or done again."""
-    write_json(folder.output(output.stage), output.as_json())
+    """Marks the stage as finished. Written last, so a stage is either whole or done again. A model inside the run
+    folder is named relative to it, so that a folder which was moved, or fetched from a mirror, still finds it."""
+    model = Path(output.model)
+    inside = output.model and model.is_relative_to(folder.path)
+    named = str(model.relative_to(folder.path)) if inside else output.model
+    write_json(folder.output(output.stage), {**output.as_json(), "model": named})
 
 
 def outputs_of(folder: RunFolder) -> dict[str, StageOutput]:
     """All finished stages of a run, in the order they ended."""
     files = sorted(folder.output("*").parent.glob("*.json"), key=_modified)
-    return {file.stem: StageOutput.from_json(read_json(file)) for file in files}
+    return {file.stem: _read(folder, file) for file in files}
+
+
+def _read(folder: RunFolder, file: Path) -> StageOutput:
+    output = StageOutput.from_json(read_json(file))
+    return replace(output, model=str(folder.path / output.model) if output.model else "")
 
 
 def _modified(path: Path) -> float:

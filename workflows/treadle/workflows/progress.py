@@ -12,7 +12,7 @@ import psutil
 
 from treadle.platform.ledger import Ledger
 from treadle.platform.tracking import read_metrics
-from treadle.workflows.folder import RunFolder
+from treadle.workflows.folder import RunFolder, read_json
 from treadle.workflows.outputs import outputs_of
 from treadle.workflows.watch import first_failure, last_seen
 
@@ -40,6 +40,7 @@ def describe(folder: RunFolder) -> dict[str, Any]:
         "samples": _audit(folder),
         "now": last_seen(folder.path) if word == "running" else {},
         "first_failure": first_failure(folder.path),
+        "mirror": read_json(folder.mirror) if folder.mirror.exists() else {},
     }
     return {**result, "text": _text(result)}
 
@@ -106,9 +107,29 @@ def _text(result: dict[str, Any]) -> str:
         lines += [f"  {name:<12} {said}" for name, said in now["roles"].items()]
     if failure := result["first_failure"]:
         lines.append(f"first failure: {failure['error']}: {failure['message']} (all: {failure['file']})")
+    if mirror := result["mirror"]:
+        lines.append(_mirror(mirror))
     if result["samples"]:
         counts = "  ".join(f"{name} {value}" for name, value in result["samples"].items())
         lines.append(f"groups: {counts}")
     if result["state"] in ("killed", "interrupted", "failed"):
         lines.append(f"continue with: treadle resume {result['folder']}")
     return "\n".join(lines)
+
+
+def _mirror(said: Mapping[str, Any]) -> str:
+    """The mirror's newest commit, what waits, and what keeps it from arriving."""
+    now = time.time()
+    held = (
+        f"{said['stage']}, step {said['step']}, {now - said['mirrored_unix_s']:.0f} s ago"
+        if said["stage"]
+        else "nothing yet"
+    )
+    line = f"mirror {said['url']}: {held}"
+    if said["behind_since"]:
+        line += f"; {said['lag_steps']} steps behind for {now - said['behind_since']:.0f} s"
+    if said["skipped"]:
+        line += f"; {said['skipped']} commits skipped"
+    if said["error"]:
+        line += f"; failing for {now - said['failing_since']:.0f} s: {said['error']}"
+    return line

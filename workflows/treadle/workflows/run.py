@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treadle.actors.replaced import Replaced
+from treadle.platform.checkpoints import Skipped
 from treadle.platform.config import fingerprint
 from treadle.platform.errors import ConfigError, FencedError
 from treadle.platform.ledger import Ledger
@@ -24,6 +25,7 @@ from treadle.workflows.export import folder_digest
 from treadle.workflows.folder import RunFolder
 from treadle.workflows.inputs import StageInputs, stage_seed
 from treadle.workflows.journal import Journal
+from treadle.workflows.mirroring import RunMirror
 from treadle.workflows.models import check_model_folder, copy_tokenizer
 from treadle.workflows.outputs import StageOutput, stage_key
 from treadle.workflows.recipe import Recipe
@@ -52,9 +54,11 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         inputs: Mapping[str, StageInputs],
         started: float,
+        mirror: RunMirror | None = None,
     ) -> None:
         self.recipe, self.folder, self.crew = recipe, folder, crew
         self.ledger, self.tracker, self.tokenizer, self.inputs = ledger, tracker, tokenizer, inputs
+        self.mirror = mirror
         self.outputs: dict[str, StageOutput] = {}
         self.first_step_s: float | None = None
         self.steps = 0
@@ -131,6 +135,13 @@ class Run:
             copy_tokenizer(self.folder.tokenizer, target)
         return target
 
+    async def settle_mirror(self) -> None:
+        """Waits for the last commit to arrive in the mirror, if there is one. Raises `FencedError` where it is another
+        process's by now."""
+        if self.mirror:
+            await self.mirror.settle()
+            self.mirror.check()
+
     def begin(self, name: str) -> AbstractAsyncContextManager[Journal]:
         """Opens a GRPO stage of the recipe by name, for a loop of one's own."""
         config = self.recipe.stages[name]
@@ -149,7 +160,12 @@ class Run:
         optim = replace(config.optim, total_steps=config.optim.total_steps or steps)
         await self.crew.set_learner(self._model, optim, objective)
         keeper = CheckpointKeeper(
-            self.recipe.checkpoint, str(self.folder.checkpoints), self.ledger, self.roles.learner
+            self.recipe.checkpoint,
+            str(self.folder.checkpoints),
+            self.ledger,
+            self.roles.learner,
+            mirror=self.mirror,
+            passed_over=self._passed_over,
         )
         position = await keeper.restore(name)
         if engines:
@@ -177,6 +193,10 @@ class Run:
             tracker.close("failed")
             raise
         tracker.close()
+
+    def _passed_over(self, skipped: Skipped) -> None:
+        self.tracker.event("checkpoint_passed_over", {"folder": skipped.url, "message": skipped.reason})
+        self.tracker.say(f"warning: the checkpoint of step {skipped.step} is passed over: {skipped.reason}")
 
     async def finish(
         self,

@@ -10,7 +10,7 @@ from treadle.workflows.run import Run
 
 def summarise(run: Run) -> dict[str, Any]:
     """Of the whole run: the digest of the weights that were trained last, steps, seconds, accuracy per stage
-    with its 95 % half-width, and what became of all samples and groups."""
+    with its 95 % half-width, what became of all samples and groups, and of the mirror."""
     trained = [output for output in run.outputs.values() if output.kind != "export"]
     return {
         "name": run.recipe.name,
@@ -23,6 +23,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "time_to_first_step_s": run.first_step_s,
         "eval": {o.stage: o.evaluation.as_json() for o in trained if o.evaluation is not None},
         "samples": _samples(run),
+        **({"mirror": run.mirror.summary()} if run.mirror else {}),
         "stages": {name: _stage(output) for name, output in run.outputs.items()},
     }
 
