@@ -24,7 +24,8 @@ ERRORS = {
 
 class Faults:
     """In front of the server: answers the next requests for objects with the faults in `due`, or all of them with
-    `always`. Only requests that `concern` says yes to (method, path) are counted and disturbed.
+    `always`. Only requests that `concern` says yes to (method, path) are counted and disturbed; with `whole_bucket` it
+    is asked about listings and removals of many objects, too.
 
     "500", "503", "403" and "404" are errors as S3 words them. "cut" promises the whole body and ends half-way. "stall"
     does nothing for `stall_s`. "reset" resets the connection; "lost" does so after the request was carried out.
@@ -35,12 +36,15 @@ class Faults:
         self.always = ""
         self.seen = 0
         self.stall_s = 3.0
+        self.whole_bucket = False
         self.concern: Callable[[str, str], bool] = lambda method, path: True
         self._application = application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        concerned = path.count("/") > 1 and self.concern(environ["REQUEST_METHOD"], path)
+        concerned = (self.whole_bucket or path.count("/") > 1) and self.concern(
+            environ["REQUEST_METHOD"], path
+        )
         self.seen += concerned
         fault = (self.due.pop(0) if self.due else self.always) if concerned else ""
         if fault == "cut":
@@ -77,8 +81,8 @@ def _reset(environ: dict[str, Any], start_response: Callable[..., Any]) -> Itera
 
 @contextmanager
 def s3_server(environ: pytest.MonkeyPatch) -> Iterator[tuple[str, Faults]]:
-    """Starts moto's server and points the environment at it. Yields the URL of an empty bucket, and the
-    faults."""
+    """Starts moto's server and points the environment at it. Yields the URL of a bucket, and the faults. What the bucket
+    holds is the process's: another server in it finds what this one was given."""
     import boto3
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server

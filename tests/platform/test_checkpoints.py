@@ -14,7 +14,7 @@ import pytest
 from tests.platform.object_store import s3_server
 
 from treadle.platform.checkpoints import CheckpointMeta, Checkpoints, verify
-from treadle.platform.errors import CheckpointError
+from treadle.platform.errors import CheckpointError, DataError
 from treadle.platform.failpoints import ENV
 from treadle.platform.storage import Store, open_store
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_format_names_the_remedy(tmp_path: Path) -> None
     body["format"] = 99
     crc = zlib.crc32(json.dumps(body, sort_keys=True).encode())
     folder.write_bytes("manifest.json", json.dumps({**body, "crc32": crc}).encode())
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(DataError, match="format 99, this version reads 1"):
         verify(folder.url)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -119,6 +120,52 @@ def test_a_file_that_lasts_is_uploaded_once_and_again_only_when_it_changed(url: 
     assert not open_store(url).exists(first)
 
 
+def test_a_lasting_file_that_vanished_from_the_mirror_is_uploaded_again(url: str, tmp_path: Path) -> None:
+    store, owner = open_store(url), writer(url)
+    lasting = Source(name="model", data=b"weights", size=7, lasting=True)
+    owner.commit("rl", 1, run_at(1, lasting))
+    first = opened(url).manifest(opened(url).commits()[-1])["model"].path
+    store.remove(first)
+    owner.retain(2)
+    owner.commit("rl", 2, run_at(2, lasting))
+    assert opened(url).manifest(opened(url).commits()[-1])["model"].path != first
+    assert fetched(url, tmp_path / "new").passed_over == ()
+    assert files(tmp_path / "new")["model"] == b"weights"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["missing", "damaged"])
+def test_an_expendable_file_costs_no_commit_and_is_told(tmp_path: Path, whole: bool) -> None:
+    url = str(tmp_path / "mirror")
+    sample = Source(name="rollouts/1.parquet", data=b"samples", size=7, expendable=True)
+    commit = writer(url).commit("rl", 2, run_at(2, sample))
+    path = opened(url).manifest(commit)[sample.name].path
+    if whole:
+        open_store(url).remove(path)
+    else:
+        open_store(url).write_bytes(path, b"sampled")
+    found = fetched(url, tmp_path / "new")
+    assert found.commit == commit
+    assert sorted(files(tmp_path / "new")) == [shard(2).name, "ledger.sqlite"]
+    (line,) = found.passed_over
+    assert line.startswith("rollouts/1.parquet is left out: ")
+
+
+def test_a_mirror_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    url = str(tmp_path / "mirror")
+    newest = writer(url).commit("rl", 2, run_at(2))
+    path = tmp_path / "mirror" / entry_path(newest.number + 1)
+    body = json.loads((tmp_path / "mirror" / entry_path(newest.number)).read_bytes()) | {"format": 7}
+    body.pop("crc")
+    path.write_text(json.dumps({**body, "crc": zlib.crc32(json.dumps(body, sort_keys=True).encode())}))
+    before = files(tmp_path / "mirror")
+    for act in (lambda: fetched(url, tmp_path / "new"), lambda: writer(url), opened(url).check_free):
+        with pytest.raises(
+            DataError, match=r"00000003: mirror format 7, this version reads 1\. Use the version"
+        ):
+            act()
+    assert files(tmp_path / "mirror") == before
+
+
 def test_a_shard_that_rotted_on_the_disk_is_not_mirrored_as_valid(url: str, tmp_path: Path) -> None:
     path, owner = tmp_path / "shard", writer(url)
     path.write_bytes(b"abcd")
@@ -126,7 +173,7 @@ def test_a_shard_that_rotted_on_the_disk_is_not_mirrored_as_valid(url: str, tmp_
     with pytest.raises(CheckpointError, match="shard is damaged: its CRC-32"):
         owner.commit("rl", 1, [rotten])
     for gone in (Source(name="x", path=path, size=5), Source(name="x", path=tmp_path / "no", size=1)):
-        with pytest.raises(CheckpointError, match="shorter than|cannot be read"):
+        with pytest.raises(CheckpointError, match=r"shorter than|cannot be read"):
             owner.commit("rl", 1, [gone])
     assert opened(url).commits() == []
 
@@ -183,7 +230,7 @@ def test_an_owner_that_was_replaced_can_commit_nothing_more(url: str, tmp_path: 
     zombie = writer(url)
     zombie.commit("rl", 2, run_at(2))
     successor = writer(url, "folder-b", take_over=True)
-    with pytest.raises(FencedError, match="taken over .process of folder-b"):
+    with pytest.raises(FencedError, match=r"taken over .process of folder-b"):
         zombie.commit("rl", 4, run_at(4, text("by", "zombie")))
     successor.commit("rl", 4, run_at(4, text("by", "successor")))
     with pytest.raises(FencedError, match="may commit nothing more there"):
@@ -224,7 +271,7 @@ def test_a_folder_may_claim_its_own_mirror_again_and_nobody_elses(url: str) -> N
     with pytest.raises(ConfigError, match="another run"):
         opened(url).check_free()
     writer(url, "folder-b", take_over=True)
-    with pytest.raises(FencedError, match="taken over .process of folder-b"):
+    with pytest.raises(FencedError, match=r"taken over .process of folder-b"):
         writer(url)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,8 @@ from pathlib import Path
 import pytest
 from tests.workflows.plain_stage import PlainLearner
 
-from treadle.platform.checkpoints import Checkpoints
-from treadle.platform.errors import ConfigError, FailpointError
+from treadle.platform.checkpoints import Checkpoints, Skipped
+from treadle.platform.errors import ConfigError, DataError, FailpointError
 from treadle.platform.failpoints import arm
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import Json
@@ -29,6 +31,7 @@ class Stage:
     ledger: Ledger
     learner: PlainLearner
     keeper: CheckpointKeeper
+    told: list[Skipped]
 
     def play(self, steps: range) -> None:
         for step in steps:
@@ -63,8 +66,11 @@ def stages(tmp_path: Path) -> Iterator[object]:
         opened.append(ledger)
         learner = PlainLearner()
         config = config or CheckpointConfig(every_steps=2, keep=2)
-        keeper = CheckpointKeeper(config, str(tmp_path / "checkpoints"), ledger, learner)
-        return Stage(tmp_path, ledger, learner, keeper)
+        told: list[Skipped] = []
+        keeper = CheckpointKeeper(
+            config, str(tmp_path / "checkpoints"), ledger, learner, passed_over=told.append
+        )
+        return Stage(tmp_path, ledger, learner, keeper, told)
 
     yield open_stage
     for ledger in opened:
@@ -124,9 +130,28 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_ledger_follows(stages) -> N
     assert again.restored() == Position(step=2, cursor=4, pending=())
     assert again.learner.state == 1002
     assert sorted(again.ledger.trained_ids("rl")) == [0, 1]
+    (skipped,) = again.told
+    assert (skipped.step, Path(skipped.url)) == (4, shard.parent)
+    assert "state.json is damaged: its CRC-32 does not match" in skipped.reason
     assert again.committed() == [2]  # the damaged one is made again, not resumed from
     again.play(range(2, 4))
     assert again.committed() == [2, 4]
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(stages) -> None:  # type: ignore[no-untyped-def]
+    stages().play(range(4))
+    again = stages()
+    manifest = again.folder / "checkpoints" / "rl" / "step-00000004" / "manifest.json"
+    body = json.loads(manifest.read_bytes()) | {"format": 2}
+    body.pop("crc32")
+    body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    manifest.write_text(json.dumps(body))
+    with pytest.raises(
+        DataError, match=r"step-00000004: checkpoint format 2, this version reads 1\. Resume with"
+    ):
+        again.restored()
+    assert again.committed() == [2, 4]
+    assert (again.learner.state, again.told) == (0, [])
 
 
 def test_groups_in_flight_at_the_checkpoint_are_issued_again(stages) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treadle.platform.errors import CheckpointError, StorageError
+from treadle.platform.errors import CheckpointError, DataError, StorageError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.local_disk import sync_folder
 from treadle.platform.records import CheckpointRef, Json
@@ -109,7 +109,8 @@ class Checkpoints:
         return CheckpointRef(url=store.url, stage=stage, step=meta.step)
 
     def newest_valid(self, stage: str) -> Newest:
-        """Looks from the newest step down for a committed checkpoint whose files are all intact."""
+        """Looks from the newest step down for a committed checkpoint whose files are all intact. Raises `DataError`
+        for one in another format: it is nothing damaged that could be passed over."""
         skipped: list[Skipped] = []
         for step in reversed(self._steps(stage)):
             ref = CheckpointRef(url=self.url(stage, step), stage=stage, step=step)
@@ -166,7 +167,8 @@ class Checkpoints:
 
 
 def verify(folder: str | Path) -> CheckpointMeta:
-    """Reads every file of a checkpoint. Raises `CheckpointError` saying what is missing or damaged."""
+    """Reads every file of a checkpoint. Raises `CheckpointError` saying what is missing or damaged, and `DataError`
+    for a format that this version does not read."""
     store = open_store(folder)
     if not store.exists(MARKER):
         raise CheckpointError(f"{store.url} is not committed: its writing was interrupted.")
@@ -184,8 +186,7 @@ def verify(folder: str | Path) -> CheckpointMeta:
 
 
 def manifest_of(folder: str | Path) -> dict[str, dict[str, int]]:
-    """The files of a checkpoint by name, with their `bytes` and `crc32`. Raises `CheckpointError` if the manifest is
-    missing or damaged."""
+    """The files of a checkpoint by name, with their `bytes` and `crc32`. Raises like `verify` for the manifest."""
     return _decode(open_store(folder))[1]
 
 
@@ -248,7 +249,7 @@ def _decode(store: Store) -> tuple[CheckpointMeta, dict[str, dict[str, int]]]:
     if damaged:
         raise CheckpointError(f"{store.url_of(MANIFEST)} is damaged.")
     if body["format"] != FORMAT:
-        raise CheckpointError(
+        raise DataError(
             f"{store.url}: checkpoint format {body['format']}, this version reads {FORMAT}.",
             "Resume with the version of Treadle that wrote it.",
         )

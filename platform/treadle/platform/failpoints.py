@@ -51,6 +51,8 @@ POINTS: dict[str, str] = {
     "driver.after_checkpoint": "the checkpoint is committed",
     "checkpoint.before_manifest": "all shards are on the disk, the manifest is not",
     "checkpoint.before_marker": "the manifest is on the disk, the marker is not",
+    "mirror.before_manifest": "a commit's files are uploaded, its manifest is not",
+    "mirror.before_commit": "the manifest is uploaded, the mirror's log does not name it",
     "learner.before_step": "a rank is about to work on a step; subject: the rank",
     "learner.poisoned_loss": "a micro-batch's loss is known; `corrupt` makes it NaN",
     "learner.after_backward": "gradients are there, the weights are not updated",

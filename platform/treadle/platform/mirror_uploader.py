@@ -10,8 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from treadle.platform.errors import CheckpointError, ConfigError, FencedError, StorageError, TreadleError
-from treadle.platform.mirror_progress import Progress
+from treadle.platform.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FencedError,
+    StorageError,
+    TreadleError,
+)
 from treadle.platform.mirror_writer import MirrorWriter, Source
 from treadle.platform.records import Json
 
@@ -31,6 +37,30 @@ class Offer:
     unix_s: float
     sources: tuple[Source, ...]
     scratch: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a mirror is. `stage` and `step` are of its newest commit (empty and -1 without one). Since `behind_since`
+    (0: never) a newer one has been waiting; `lag_steps` lie between the two. `skipped` commits never arrived.
+    `error` is what fails at the moment, since `failing_since`, after `failures` failed attempts in all. Times are
+    seconds since 1970.
+    """
+
+    stage: str = ""
+    step: int = -1
+    mirrored_unix_s: float = 0.0
+    behind_since: float = 0.0
+    lag_steps: int = 0
+    commits: int = 0
+    skipped: int = 0
+    failures: int = 0
+    failing_since: float = 0.0
+    error: str = ""
+
+    def lag_s(self, now: float) -> float:
+        """Seconds that the oldest commit newer than the mirror has been waiting."""
+        return max(0.0, now - self.behind_since) if self.behind_since else 0.0
 
 
 class MirrorUploader:
@@ -91,7 +121,8 @@ class MirrorUploader:
             return frozenset(o.step for o in (self._current, self._waiting) if o and o.stage == stage)
 
     def check(self) -> None:
-        """Raises `FencedError` or `ConfigError` once it is known that the mirror belongs to somebody else."""
+        """Raises `FencedError` or `ConfigError` once it is known that the mirror belongs to somebody else, `DataError`
+        that another version of Treadle wrote it."""
         if self._lost is not None:
             raise self._lost
 
@@ -104,77 +135,70 @@ class MirrorUploader:
     @property
     def arrived(self) -> bool:
         """Whether the newest offer is mirrored."""
-        return self._idle() and not self.progress.behind_since
+        return self.over and not self.progress.behind_since
 
     @property
     def over(self) -> bool:
         """Whether nothing more will arrive until something is offered."""
-        return self._idle() or not self._thread.is_alive()
+        with self._condition:
+            idle = self._current is None and self._waiting is None
+        return idle or not self._thread.is_alive()
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Ends the thread after its current request. What was not copied stays on the disk only."""
         with self._condition:
             self._closing = True
-            left, self._waiting = self._waiting, None
             self._condition.notify_all()
-        if left:
-            _tidy(left)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-
-    def _idle(self) -> bool:
-        return self._current is None and self._waiting is None
 
     def _loop(self) -> None:
         try:
             while not self._closing and self._lost is None:
-                if self._writer is None:
-                    self._persist(self._claim)
-                elif self._taken() and self._persist(self._copy):
-                    self._persist(self._clean)
+                self._attempt()
+        except BaseException:
+            self._failed("the copying thread has ended on a defect, see its traceback on stderr")
+            raise
         finally:
-            if not self._closing and self._lost is None:
-                self._failed("the copying thread has ended on a defect, see its traceback on stderr")
             with self._condition:
+                left = [offer for offer in (self._current, self._waiting) if offer]
                 self._waiting = self._current = None
-                self._condition.notify_all()
+            for offer in left:
+                _tidy(offer)
 
-    def _taken(self) -> bool:
+    def _attempt(self) -> None:
+        """Claims the mirror, or waits for an offer and copies it. Every failure is one of four: of this commit's files,
+        of the mirror, of its owner, or a defect."""
+        try:
+            if self._writer is None:
+                self._writer = self._open_writer()
+            elif offer := self._next():
+                self._copy(self._writer, offer)
+                self._writer.retain(self._keep)
+            self._succeeded()
+        except CheckpointError as error:
+            self._drop(error.message)
+        except StorageError as error:
+            self._failed(error.message)
+            self._rest()
+        except (FencedError, ConfigError, DataError) as error:
+            self._lost = error  # without a word: the folder may be another process's, too
+
+    def _next(self) -> Offer | None:
+        """The newest offer: one that waits, or the one that could not be copied. None when closing."""
         with self._condition:
-            while self._waiting is None and not self._closing:
+            while self._waiting is None and self._current is None and not self._closing:
                 self._condition.wait()
-            self._current, self._waiting = self._waiting, None
-            return self._current is not None
+            overtaken = self._current if self._waiting else None
+            if self._waiting:
+                self._current, self._waiting = self._waiting, None
+            offer = None if self._closing else self._current
+        if overtaken:
+            self._skip(overtaken, "a newer commit was made while it could not be copied")
+        return offer
 
-    def _persist(self, action: Callable[[], None]) -> bool:
-        """Does it, after as many failures as it takes; False where it is given up."""
-        while not self._closing:
-            try:
-                action()
-            except CheckpointError as error:
-                self._drop(error.message)
-                return False
-            except StorageError as error:
-                self._failed(error.message)
-            except (FencedError, ConfigError) as error:
-                self._lost = error
-                self._drop(error.message)
-                return False
-            else:
-                self._succeeded()
-                return True
-            if self._paused() or self._overtaken():
-                return False
-        return False
-
-    def _claim(self) -> None:
-        self._writer = self._open_writer()
-
-    def _copy(self) -> None:
-        assert self._writer is not None
-        assert self._current is not None
-        offer = self._current
-        commit = self._writer.commit(offer.stage, offer.step, offer.sources)
+    def _copy(self, writer: MirrorWriter, offer: Offer) -> None:
+        commit = writer.commit(offer.stage, offer.step, offer.sources)
         with self._condition:
             self._current, self._mirrored_made = None, offer.made
             self._update(
@@ -185,33 +209,20 @@ class MirrorUploader:
                 behind_since=self._waiting_since if self._waiting else 0.0,
                 commits=self.progress.commits + 1,
             )
-            self._condition.notify_all()
+        self._pause_s = self._first_pause_s
         _tidy(offer)
 
-    def _clean(self) -> None:
-        assert self._writer is not None
-        self._writer.retain(self._keep)
-
-    def _paused(self) -> bool:
-        """Waits before the next attempt, not for long once somebody waits for the end. True when closing."""
+    def _rest(self) -> None:
+        """Waits before the next attempt, not for long once somebody waits for the end."""
         with self._condition:
             hurried = self._hurried
             pause_s = min(self._pause_s, HURRIED_PAUSE_S) if hurried else self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._condition.wait_for(lambda: self._closing or self._hurried != hurried, pause_s)
-            return self._closing
-
-    def _overtaken(self) -> bool:
-        with self._condition:
-            if self._waiting is None or self._writer is None:
-                return False
-        self._drop("a newer commit was made while it could not be copied")
-        return True
 
     def _drop(self, reason: str) -> None:
         with self._condition:
             dropped, self._current = self._current, None
-            self._condition.notify_all()
         if dropped:
             self._skip(dropped, reason)
             self._changed(self.progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treadle.platform.errors import CheckpointError
@@ -30,7 +30,7 @@ class Source:
     """A file to mirror under its name in the run folder: the first `size` bytes of the file at `path`, or `data`.
 
     `crc32` is what those bytes must have, -1 where nobody knows. A `lasting` file is written once: it is not uploaded
-    again while its size and checksum are those of the mirrored one.
+    again while its size and checksum are those of the mirrored one. `expendable`: see `File`.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Source:
     size: int
     crc32: int = -1
     lasting: bool = False
+    expendable: bool = False
 
     def blocks(self) -> Iterator[bytes]:
         """The bytes. Raises `CheckpointError` where the file is gone or shorter."""
@@ -65,18 +66,11 @@ class MirrorWriter:
 
     def __init__(self, mirror: Mirror, number: int) -> None:
         self._mirror, self._store, self.owner = mirror, mirror.store, number
-        self._commits = mirror.commits()
-        self._files = {commit.number: self._files_of(commit) for commit in self._commits}
-        self._next = number + 1
-        newest = self._commits[-1].number if self._commits else 0
-        self._lasting = dict(self._files.get(newest, {}))
+        self._files = {commit: self._files_of(commit) for commit in mirror.commits()}
+        self._next, self._attempt = number + 1, 0
+        self._lasting = dict(list(self._files.values())[-1]) if self._files else {}
         self._sent: dict[Source, File] = {}
         self._checksums: dict[tuple[Path, int, int], int] = {}
-
-    @property
-    def newest(self) -> Commit | None:
-        """The newest commit of the mirror, whoever made it."""
-        return self._commits[-1] if self._commits else None
 
     def _files_of(self, commit: Commit) -> dict[str, File]:
         try:
@@ -88,8 +82,9 @@ class MirrorWriter:
         """Uploads the sources in their order, then a manifest, then the entry that makes them a commit. Raises
         `FencedError` where somebody else owns the mirror by now, `CheckpointError` for a source that is missing or
         damaged, `StorageError` for everything that may pass."""
-        self._check_held()
-        folder = data_folder(self.owner, self._next)
+        self._catch_up()  # finds out before gigabytes are uploaded
+        self._attempt += 1
+        folder = data_folder(self.owner, self._attempt)
         files = {source.name: self._uploaded(source, folder) for source in sources}
         failpoint("mirror.before_manifest")
         manifest = encode_manifest(files)
@@ -105,43 +100,45 @@ class MirrorWriter:
             manifest=path,
             crc32=zlib.crc32(manifest),
         )
-        self._append(commit)
-        self._commits.append(commit)
-        self._files[commit.number] = files
-        self._next += 1
+        while not self._mirror.append(commit):
+            self._catch_up()
+            commit = replace(commit, number=self._next)
+        self._files[commit] = files
+        self._next = commit.number + 1
         self._sent.clear()
         return commit
+
+    def _catch_up(self) -> None:
+        """Takes note of own commits whose answer got lost. Raises `FencedError` where the next number is another
+        owner's: it is what decides who may commit."""
+        while (entry := self._mirror.entry(self._next)) is not None:
+            if not isinstance(entry, Commit) or entry.owner != self.owner:
+                owners = [one for one in self._mirror.entries() if isinstance(one, Owner)]
+                raise self._mirror.fenced(owners[-1] if owners else None)
+            self._files[entry] = self._files_of(entry)
+            self._next += 1
 
     def retain(self, keep: int) -> list[Commit]:
         """Removes all commits but the newest `keep` of every stage, and every object that no commit needs: those of
         removed commits, of interrupted uploads, of owners that were replaced. Returns the removed commits."""
-        stages = {commit.stage for commit in self._commits}
-        kept = {c.number for s in stages for c in [c for c in self._commits if c.stage == s][-keep:]}
-        surplus = [commit for commit in self._commits if commit.number not in kept]
+        stages = {commit.stage for commit in self._files}
+        kept = {c for s in stages for c in [c for c in self._files if c.stage == s][-keep:]}
+        surplus = [commit for commit in self._files if commit not in kept]
         for commit in surplus:
             self._store.remove(entry_path(commit.number))  # first, so that half a removal is no commit
-            self._commits.remove(commit)
-            self._files.pop(commit.number)
+            del self._files[commit]
         needed = {file.path for files in self._files.values() for file in files.values()}
-        needed |= {commit.manifest for commit in self._commits}
-        for name in self._store.files(DATA):
-            path = f"{DATA}/{name}"
-            if owner_of(name) <= self.owner and path not in needed:
+        needed |= {commit.manifest for commit in self._files}
+        held = {f"{DATA}/{name}": size for name, size in self._store.files(DATA).items()}
+        for path in held:
+            if owner_of(path) <= self.owner and path not in needed:
                 self._store.remove(path)
+        self._lasting = {  # what is missing, or was removed, has to be uploaded again
+            name: file
+            for name, file in self._lasting.items()
+            if file.path in needed and held.get(file.path) == file.bytes
+        }
         return surplus
-
-    def _check_held(self) -> None:
-        """Finds out before gigabytes are uploaded; `_append` is what decides."""
-        if self._store.exists(entry_path(self._next)):
-            self._raise_fenced()
-
-    def _append(self, commit: Commit) -> None:
-        if not self._mirror.append(commit):
-            self._raise_fenced()
-
-    def _raise_fenced(self) -> None:
-        owners = [entry for entry in self._mirror.entries() if isinstance(entry, Owner)]
-        raise self._mirror.fenced(owners[-1] if owners else None)
 
     def _uploaded(self, source: Source, folder: str) -> File:
         if source in self._sent:
@@ -150,15 +147,17 @@ class MirrorWriter:
         if source.lasting and held and held.bytes == source.size and held.crc32 == self._checksum(source):
             return held
         path, crc = f"{folder}/{source.name}", 0
-        with self._store.writing(path) as sink:
-            for block in source.blocks():
-                crc = zlib.crc32(block, crc)
-                sink.write(block)
-            if source.crc32 not in (-1, crc):
-                raise CheckpointError(
-                    f"{source.path} is damaged: its CRC-32 is not that of its checkpoint's manifest."
-                )
-        file = File(path=path, bytes=source.size, crc32=crc)
+        if source.size <= BLOCK_BYTES:  # one request to a bucket instead of a stream's three
+            data = b"".join(source.blocks())
+            crc = _checked(source, zlib.crc32(data))
+            self._store.write_bytes(path, data)
+        else:
+            with self._store.writing(path) as sink:
+                for block in source.blocks():
+                    crc = zlib.crc32(block, crc)
+                    sink.write(block)
+                _checked(source, crc)
+        file = File(path=path, bytes=source.size, crc32=crc, expendable=source.expendable)
         self._sent[source] = file
         if source.lasting:
             self._lasting[source.name] = file
@@ -178,3 +177,12 @@ class MirrorWriter:
                 crc = zlib.crc32(block, crc)
             self._checksums[key] = crc
         return self._checksums[key]
+
+
+def _checked(source: Source, crc: int) -> int:
+    """The checksum, if it is the one that the bytes must have."""
+    if source.crc32 not in (-1, crc):
+        raise CheckpointError(
+            f"{source.path} is damaged: its CRC-32 is not that of its checkpoint's manifest."
+        )
+    return crc

@@ -43,18 +43,11 @@ def run(
 
 
 def resume(source: str, folder: Path | None, address: str, *, take_over: bool, as_json: bool) -> Result:
-    """Continues a run from its folder, or from its mirror in a new folder. Whoever ran it before can write nothing
-    more from then on."""
-    if "://" in source:
-        path = folder or Path("runs") / source.rstrip("/").rpartition("/")[2]
-        _rebuilt(source, path)
-    elif folder is not None:
-        raise ConfigError(
-            f"--dir {folder} goes with the URL of a mirror, not with a run folder.",
-            f"Leave --dir out: {source} is continued where it is.",
-        )
-    else:
-        path = Path(source)
+    """Continues a run from its folder, or from its mirror in the new folder `folder`. Whoever ran it before can write
+    nothing more from then on."""
+    path = Path(source)
+    if "://" in source or folder is not None:
+        path = _rebuilt(source, folder)
     target = RunFolder.existing(path)
     recipe = load_recipe(target.config)
     state = target.state()
@@ -71,14 +64,15 @@ def resume(source: str, folder: Path | None, address: str, *, take_over: bool, a
     return _play(recipe, path, as_json)
 
 
-def _rebuilt(url: str, path: Path) -> None:
-    """Makes the run folder, whose recipe names the mirror as it was named here."""
+def _rebuilt(url: str, folder: Path | None) -> Path:
     from treadle.workflows.mirroring import rebuild
 
-    folder = rebuild(url, path)
-    recipe = load_recipe(folder.config)
-    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror=url.rstrip("/")))
-    replace_file(folder.config, to_yaml(recipe))
+    if RunFolder(Path(url)).config.exists():
+        raise ConfigError(
+            f"--dir {folder} goes with a mirror; {url} is a run folder.",
+            "Leave --dir out: a run is continued in its own folder.",
+        )
+    return rebuild(url, folder or Path("runs") / url.rstrip("/").rpartition("/")[2]).path
 
 
 def evaluate_model(model: Path, source: str, overrides: Sequence[str], address: str) -> Result:

@@ -21,20 +21,21 @@ from typing import Any
 
 from treadle.platform import metric_names as names
 from treadle.platform.checkpoints import MANIFEST, MARKER, manifest_of
-from treadle.platform.errors import DataError, StorageError
+from treadle.platform.config import to_yaml
+from treadle.platform.errors import DataError, StorageError, TreadleError
 from treadle.platform.ledger import Ledger
 from treadle.platform.mirror import Mirror, new_id
-from treadle.platform.mirror_progress import Progress
 from treadle.platform.mirror_reader import fetch_newest
-from treadle.platform.mirror_uploader import FAILING, RECOVERED, SKIPPED, MirrorUploader, Offer
+from treadle.platform.mirror_uploader import FAILING, RECOVERED, SKIPPED, MirrorUploader, Offer, Progress
 from treadle.platform.mirror_writer import MirrorWriter, Source
 from treadle.platform.records import Json
 from treadle.platform.tracking import RunTracker
-from treadle.workflows.folder import RunFolder, read_json, write_json
+from treadle.workflows.folder import RunFolder, read_json, replace_file, write_json
 from treadle.workflows.outputs import outputs_of
+from treadle.workflows.recipe import load_recipe
 from treadle.workflows.saving import CheckpointConfig
 
-PASSED_OVER, BEHIND = "mirror_passed_over", "mirror_behind"
+PASSED_OVER, FETCHED, BEHIND = "mirror_passed_over", "mirror_fetched", "mirror_behind"
 SCRATCH = "mirror"
 FEED_STATE = "mlflow.json"
 CHANGING = ("config.yaml", "config_diff.json", "run.json", "chains.json", FEED_STATE)
@@ -50,11 +51,14 @@ class RunMirror:
         self, config: CheckpointConfig, folder: RunFolder, ledger: Ledger, tracker: RunTracker
     ) -> None:
         self._config, self._folder, self._ledger, self._tracker = config, folder, ledger, tracker
-        self._said = read_state(folder) or {"url": config.mirror.rstrip("/"), "id": new_id()}
+        url, said = config.mirror.rstrip("/"), read_state(folder)
+        self._said: dict[str, Any] = (
+            said if said.get("url") == url else {"url": url, "id": said.get("id") or new_id()}
+        )
         known = progress_of(self._said)
         self._last, self._made = (known.stage, known.step), 0
         self._lock = threading.Lock()
-        self._settled = False
+        self._settled = self._closed = False
         self._uploader = MirrorUploader(
             self._open_writer,
             keep=config.keep,
@@ -64,16 +68,18 @@ class RunMirror:
         )
 
     def start(self) -> None:
-        """Tells what a rebuilding passed over, and claims the mirror in the background."""
+        """Tells what a rebuilding fetched and passed over, and claims the mirror in the background."""
         for line in self._said.pop("passed_over", []):
             self._tell(PASSED_OVER, {"message": line})
+        if fetched := self._said.pop("fetched", None):
+            self._tell(FETCHED, fetched)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._changed(self._uploader.progress)  # the folder's id is on the disk before the mirror knows it
         self._uploader.start()
 
     def check(self) -> None:
         """Raises `FencedError` once it is known that another process has taken the run over, `ConfigError` that the
-        mirror is another run's."""
+        mirror is another run's, `DataError` that this version cannot read it."""
         self._uploader.check()
 
     def holds(self, stage: str, step: int) -> bool:
@@ -140,8 +146,10 @@ class RunMirror:
         }
 
     def close(self) -> None:
-        """Ends the copying."""
+        """Ends the copying. A request that outlives it writes nothing more in the run folder."""
         self._uploader.close()
+        with self._lock:
+            self._closed = True
 
     def _behind(self) -> str:
         progress, (stage, step) = self._uploader.progress, self._last
@@ -169,17 +177,33 @@ class RunMirror:
         return (*shards, copy, *_rest(self._folder, stage)), (ledger,)
 
     def _tell(self, kind: str, told: Mapping[str, Json]) -> None:
-        self._tracker.event(kind, {"url": self._said["url"], **told})
-        if kind == FAILING:
-            self._tracker.say(f"warning: the mirror does not take the run's commits: {told['message']}")
-        elif kind == RECOVERED:
-            self._tracker.say(f"the mirror takes the run's commits again, after {told['seconds']} s")
-        elif kind in (PASSED_OVER, BEHIND):
-            self._tracker.say(f"warning: {told['message']}")
+        with self._lock:
+            if not self._may_write():
+                return
+            self._tracker.event(kind, {"url": self._said["url"], **told})
+            if kind == FAILING:
+                self._tracker.say(f"warning: the mirror fails, the run goes on: {told['message']}")
+            elif kind == RECOVERED:
+                self._tracker.say(f"the mirror takes the run's commits again, after {told['seconds']} s")
+            elif kind == FETCHED:
+                self._tracker.say(f"continued from {self._said['url']}: {told['message']}")
+            elif kind in (PASSED_OVER, BEHIND):
+                self._tracker.say(f"warning: {told['message']}")
 
     def _changed(self, progress: Progress) -> None:
         with self._lock, suppress(OSError):  # the uploader's way must not end at a full disk
-            write_json(self._folder.mirror, {**self._said, **asdict(progress)})
+            if self._may_write():
+                write_json(self._folder.mirror, {**self._said, **asdict(progress)})
+
+    def _may_write(self) -> bool:
+        """The folder may belong to another process by now."""
+        if self._closed:
+            return False
+        try:
+            self._ledger.check_held()
+        except TreadleError:
+            return False
+        return True
 
 
 @contextmanager
@@ -207,28 +231,36 @@ def check_new_mirror(config: CheckpointConfig) -> None:
 
 def rebuild(url: str, path: Path) -> RunFolder:
     """Makes a run folder from the newest valid commit of a mirror, and takes the mirror over: whoever wrote to it
-    before can commit nothing more. Raises `DataError` where there is nothing to continue from, `ConfigError` where something
-    lies at `path`, `FencedError` where somebody else takes the mirror over at the same moment, and `StorageError`."""
+    before can commit nothing more. Its recipe names the mirror as it is named here. Raises `DataError` where there is
+    nothing to continue from or another version of Treadle wrote the mirror, `ConfigError` where something lies at
+    `path`, and `StorageError`."""
     RunFolder.clear(path, fresh=False)
     mirror = Mirror(url, timeout_s=CheckpointConfig.mirror_timeout_s)
     if not mirror.commits():
         raise DataError(
-            f"{url} holds no commit of a run.", "Check the URL: it is what checkpoint.mirror named."
+            f"{mirror.url} holds no commit of a run.", "Check the URL: it is what checkpoint.mirror named."
         )
-    id = new_id()
+    began, id = time.monotonic(), new_id()
     mirror.claim(id, this_process(), take_over=True)
-    draft = path.absolute().with_name(f".{path.name}.partial")
-    fetched = fetch_newest(mirror, draft)
-    folder = RunFolder(draft)
-    folder.set_state(state="interrupted", pid=0, host="", resumed_from=url)
+    draft = RunFolder(path.absolute().with_name(f".{path.name}.partial"))
+    fetched = fetch_newest(mirror, draft.path)
+    commit, seconds = fetched.commit, round(time.monotonic() - began, 3)
+    recipe = load_recipe(draft.config)
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror=mirror.url))
+    replace_file(draft.config, to_yaml(recipe))
+    draft.set_state(state="interrupted", pid=0, host="", resumed_from=mirror.url)
     for part in ("artifacts", "checkpoints", "rollouts", "logs", "work"):
-        (draft / part).mkdir(exist_ok=True)
-    progress = Progress(
-        stage=fetched.commit.stage, step=fetched.commit.step, mirrored_unix_s=fetched.commit.unix_s
-    )
-    said = {"url": mirror.url, "id": id, "passed_over": list(fetched.passed_over)}
-    write_json(folder.mirror, {**said, **asdict(progress)})
-    draft.replace(path)
+        (draft.path / part).mkdir(exist_ok=True)
+    size = f"{fetched.bytes / 1e6:.1f} MB"
+    told = {
+        "message": f"{commit}, {size} fetched and verified in {seconds:.1f} s",
+        "bytes": fetched.bytes,
+        "seconds": seconds,
+    }
+    said = {"url": mirror.url, "id": id, "passed_over": list(fetched.passed_over), "fetched": told}
+    held = Progress(stage=commit.stage, step=commit.step, mirrored_unix_s=commit.unix_s)
+    write_json(draft.mirror, {**said, **asdict(held)})
+    draft.path.replace(path)
     return RunFolder(path)
 
 
@@ -273,11 +305,11 @@ def _rest(folder: RunFolder, stage: str) -> Iterator[Source]:
             yield Source(name=name, data=data, size=len(data))
     for name in SPOOLS:
         yield Source(name=name, path=folder.path / name, size=(folder.path / name).stat().st_size)
-    lasting = [folder.tokenizer, folder.path / "rollouts"]
-    lasting += [Path(output.model) for output in outputs.values() if output.model]
+    lasting = [folder.tokenizer, *(Path(output.model) for output in outputs.values() if output.model)]
     lasting += [folder.path / "work" / stage] if stage not in outputs else []
     for part in lasting:
         yield from _lasting(folder.path, part)
+    yield from _lasting(folder.path, folder.path / "rollouts", expendable=True)
 
 
 def _is_local_feed(folder: RunFolder, name: str) -> bool:
@@ -285,10 +317,11 @@ def _is_local_feed(folder: RunFolder, name: str) -> bool:
     return name == FEED_STATE and str(folder.path.resolve()) in read_json(folder.path / name).get("uri", "")
 
 
-def _lasting(root: Path, part: Path) -> Iterator[Source]:
+def _lasting(root: Path, part: Path, *, expendable: bool = False) -> Iterator[Source]:
     if not part.is_relative_to(root):
         return
     for file in sorted(part.rglob("*")):
         if file.is_file() and not file.name.startswith("."):  # drafts of files begin with a dot
             name = str(file.relative_to(root))
-            yield Source(name=name, path=file, size=file.stat().st_size, lasting=True)
+            size = file.stat().st_size
+            yield Source(name=name, path=file, size=size, lasting=True, expendable=expendable)

@@ -78,7 +78,8 @@ class CheckpointKeeper:
 
     async def restore(self, stage: str) -> Position:
         """Loads the newest valid checkpoint of a stage into the learner and rolls the ledger back to it; without
-        one, the stage begins anew. Damaged ones are passed over, and told."""
+        one, the stage begins anew. Damaged ones are passed over, told, and made again; one that another version
+        wrote is a `DataError`, and stays."""
         self._checkpoints.remove_uncommitted(stage)
         newest = self._checkpoints.newest_valid(stage)
         for skipped in newest.skipped:
