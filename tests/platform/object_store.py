@@ -81,8 +81,8 @@ def _reset(environ: dict[str, Any], start_response: Callable[..., Any]) -> Itera
 
 @contextmanager
 def s3_server(environ: pytest.MonkeyPatch) -> Iterator[tuple[str, Faults]]:
-    """Starts moto's server and points the environment at it. Yields the URL of a bucket, and the faults. What the bucket
-    holds is the process's: another server in it finds what this one was given."""
+    """Starts moto's server and points the environment at it. Yields the URL of a bucket, and the faults. What the
+    bucket holds is the process's: another server in it finds what this one was given."""
     import boto3
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server

@@ -47,7 +47,7 @@ def resume(source: str, folder: Path | None, address: str, *, take_over: bool, a
     nothing more from then on."""
     path = Path(source)
     if "://" in source or folder is not None:
-        path = _rebuilt(source, folder)
+        path = _rebuilt(source, folder, address)
     target = RunFolder.existing(path)
     recipe = load_recipe(target.config)
     state = target.state()
@@ -64,7 +64,7 @@ def resume(source: str, folder: Path | None, address: str, *, take_over: bool, a
     return _play(recipe, path, as_json)
 
 
-def _rebuilt(url: str, folder: Path | None) -> Path:
+def _rebuilt(url: str, folder: Path | None, address: str) -> Path:
     from treadle.workflows.mirroring import rebuild
 
     if RunFolder(Path(url)).config.exists():
@@ -72,7 +72,7 @@ def _rebuilt(url: str, folder: Path | None) -> Path:
             f"--dir {folder} goes with a mirror; {url} is a run folder.",
             "Leave --dir out: a run is continued in its own folder.",
         )
-    return rebuild(url, folder or Path("runs") / url.rstrip("/").rpartition("/")[2]).path
+    return rebuild(url, folder or Path("runs") / url.rstrip("/").rpartition("/")[2], address).path
 
 
 def evaluate_model(model: Path, source: str, overrides: Sequence[str], address: str) -> Result:

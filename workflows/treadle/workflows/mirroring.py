@@ -229,9 +229,10 @@ def check_new_mirror(config: CheckpointConfig) -> None:
         Mirror(config.mirror, timeout_s=config.mirror_timeout_s).check_free()
 
 
-def rebuild(url: str, path: Path) -> RunFolder:
+def rebuild(url: str, path: Path, address: str = "") -> RunFolder:
     """Makes a run folder from the newest valid commit of a mirror, and takes the mirror over: whoever wrote to it
-    before can commit nothing more. Its recipe names the mirror as it is named here. Raises `DataError` where there is
+    before can commit nothing more. Its recipe names the mirror as it is named here, and the cluster at
+    `address` (empty: an embedded one): the old one may be gone. Raises `DataError` where there is
     nothing to continue from or another version of Treadle wrote the mirror, `ConfigError` where something lies at
     `path`, and `StorageError`."""
     RunFolder.clear(path, fresh=False)
@@ -246,7 +247,11 @@ def rebuild(url: str, path: Path) -> RunFolder:
     fetched = fetch_newest(mirror, draft.path)
     commit, seconds = fetched.commit, round(time.monotonic() - began, 3)
     recipe = load_recipe(draft.config)
-    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, mirror=mirror.url))
+    recipe = replace(
+        recipe,
+        checkpoint=replace(recipe.checkpoint, mirror=mirror.url),
+        cluster=replace(recipe.cluster, address=address),
+    )
     replace_file(draft.config, to_yaml(recipe))
     draft.set_state(state="interrupted", pid=0, host="", resumed_from=mirror.url)
     for part in ("artifacts", "checkpoints", "rollouts", "logs", "work"):
