@@ -119,3 +119,12 @@ def test_an_output_without_an_evaluation_survives_too(tmp_path: Path) -> None:
     plain = replace(OUTPUT, evaluation=None, notes={})
     record(folder, plain)
     assert finished(folder, "sft", "k") == plain
+
+
+def test_a_folder_that_was_moved_finds_its_models(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "here")
+    folder.artifact("sft").mkdir(parents=True)
+    record(folder, replace(OUTPUT, model=str(folder.artifact("sft"))))
+    folder.path.rename(tmp_path / "there")
+    (output,) = outputs_of(RunFolder(tmp_path / "there")).values()
+    assert output.model == str(tmp_path / "there" / "artifacts" / "sft")

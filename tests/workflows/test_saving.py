@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tests.workflows.plain_stage import PlainLearner
@@ -18,6 +19,7 @@ from treadle.platform.errors import ConfigError, DataError, FailpointError
 from treadle.platform.failpoints import arm
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import Json
+from treadle.workflows.mirroring import RunMirror
 from treadle.workflows.saving import CheckpointConfig, CheckpointKeeper, Position
 
 PER_STEP = 2
@@ -152,6 +154,36 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(stages) -> None:  #
         again.restored()
     assert again.committed() == [2, 4]
     assert (again.learner.state, again.told) == (0, [])
+
+
+class SlowMirror:
+    """Is still copying the first commit it was offered."""
+
+    def __init__(self) -> None:
+        self.offered: list[int] = []
+
+    async def offer(self, stage: str, step: int, checkpoint: str) -> None:
+        self.offered.append(step)
+
+    def held(self, stage: str) -> frozenset[int]:
+        return frozenset(self.offered[:1])
+
+    def holds(self, stage: str, step: int) -> bool:
+        return False
+
+    def check(self) -> None: ...
+
+
+def test_a_checkpoint_that_is_being_copied_to_the_mirror_is_kept(stages) -> None:  # type: ignore[no-untyped-def]
+    stage, mirror = stages(), SlowMirror()
+    config = CheckpointConfig(every_steps=2, keep=1)
+    root = str(stage.folder / "checkpoints")
+    stage.keeper = CheckpointKeeper(config, root, stage.ledger, stage.learner, mirror=cast(RunMirror, mirror))
+    stage.play(range(8))
+    assert stage.committed() == [2, 8]
+    assert mirror.offered == [2, 4, 6, 8]
+    assert stage.restored().step == 8
+    assert mirror.offered == [2, 4, 6, 8, 8], "the mirror may lack what a restart found"
 
 
 def test_groups_in_flight_at_the_checkpoint_are_issued_again(stages) -> None:  # type: ignore[no-untyped-def]
