@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tests.chaos.runs import events_of
-from tests.e2e.programs import (
-    TINY,
-    WITH_PROMPTS,
-    Program,
-    patiently,
-    samples_of,
-    summary_of,
-    survivors_of,
-    wait_until,
-)
-from tests.platform.object_store import Faults, s3_server
+from tests.e2e.buckets import MIRRORED, Bucket, kinds, lose_a_run, made, served_bucket
+from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently, samples_of, summary_of, wait_until
 
 from treadle.platform.mirror import Mirror
-from treadle.platform.storage import open_store
 
 pytestmark = [
     pytest.mark.ray,
@@ -37,56 +20,13 @@ pytestmark = [
     pytest.mark.timeout(3600),
 ]
 
-MIRRORED = "checkpoint.mirror="
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """What is left of a run that had six steps to make: two and four of them are mirrored."""
-
-    url: str
-    faults: Faults
-
-    def copy(self, name: str) -> str:
-        """The mirror under another prefix, for a test of its own: a mirror names its objects relative to itself."""
-        target = f"{self.url}-{name}"
-        for file in (store := open_store(self.url)).files():
-            store.copy_to(file, open_store(target), file)
-        return target
-
-
-def end(process: subprocess.Popen[str], mark: str) -> None:
-    """The machine is gone: the driver, and whatever it has started."""
-    for line in survivors_of(mark):
-        with suppress(ProcessLookupError):
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-    process.communicate(timeout=60)
-
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    """A run's machine goes, with its disk, in the fifth step."""
-    folder = tmp_path_factory.mktemp("lost") / "run"
-    with pytest.MonkeyPatch.context() as environ, s3_server(environ) as (root, faults):
-        found = Bucket(url=f"{root}/lost", faults=faults)
-        program = Program(
-            words=("run", str(TINY), WITH_PROMPTS, f"{MIRRORED}{found.url}", "--dir", str(folder)),
-            environment={"TREADLE_FAILPOINTS": "learner.before_step=sleep:500@5"},
-        )
-        process = program.start()
-        try:
-            assert wait_until(lambda: mirrored_step(folder) == 4 or process.poll() is not None, 900)
-            assert process.poll() is None, process.communicate()
-        finally:
-            end(process, program.mark)
-        shutil.rmtree(folder)
+    """Of a run that is gone, for all tests of this file."""
+    with served_bucket() as found:
+        lose_a_run(tmp_path_factory.mktemp("lost") / "run", found)
         yield found
-
-
-def mirrored_step(folder: Path) -> int:
-    """The newest mirrored one, as the run folder says."""
-    file = folder / "mirror.json"
-    return int(json.loads(file.read_text())["step"]) if file.exists() else -1
 
 
 def commits(url: str) -> list[int]:
@@ -102,7 +42,7 @@ def test_a_run_continues_from_its_bucket_alone_through_an_outage_of_the_bucket(
     try:
         assert wait_until(lambda: folder.exists() or process.poll() is not None, 300)
         bucket.faults.always = "503"
-        assert wait_until(lambda: trained(folder, 6) or process.poll() is not None, 900)
+        assert wait_until(lambda: made(folder, 6) or process.poll() is not None, 900)
         assert wait_until(lambda: "mirror_failing" in kinds(folder) or process.poll() is not None, 120)
         assert process.poll() is None, process.communicate()
         bucket.faults.always = ""
@@ -122,18 +62,6 @@ def test_a_run_continues_from_its_bucket_alone_through_an_outage_of_the_bucket(
     assert (told["complete"], told["stage"], told["step"], told["error"]) == (True, "rl", 6, "")
     assert commits(url)[-1] == 6
     assert f"mirror {url}: rl, step 6" in Program(words=("status", str(folder))).run().out
-
-
-def trained(folder: Path, steps: int) -> bool:
-    """Whether the run has made its last step."""
-    file = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return any(line["step"] == steps - 1 for line in lines)
-
-
-def kinds(folder: Path) -> list[str]:
-    file = folder / "events.jsonl"
-    return [json.loads(line)["kind"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def same_as(undisturbed: Path, folder: Path) -> None:

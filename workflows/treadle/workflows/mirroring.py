@@ -259,6 +259,7 @@ def rebuild(url: str, path: Path, address: str = "") -> RunFolder:
     size = f"{fetched.bytes / 1e6:.1f} MB"
     told = {
         "message": f"{commit}, {size} fetched and verified in {seconds:.1f} s",
+        "step": commit.step,
         "bytes": fetched.bytes,
         "seconds": seconds,
     }
