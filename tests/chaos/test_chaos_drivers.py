@@ -27,6 +27,7 @@ from tests.e2e.programs import (
 
 from treadle.platform.errors import LedgerError
 from treadle.platform.ledger import Ledger
+from treadle.platform.mirror import Mirror
 
 pytestmark = [
     pytest.mark.chaos,
@@ -37,6 +38,13 @@ pytestmark = [
 ]
 
 COMMIT = Path("checkpoints/rl/step-00000002/COMMITTED")
+POINTS = (
+    "driver.after_shards",
+    "checkpoint.before_manifest",
+    "checkpoint.before_marker",
+    "mirror.before_manifest",
+    "mirror.before_commit",
+)
 
 
 def test_row_07_the_driver_is_killed_and_the_run_resumed(tmp_path: Path, undisturbed: Path) -> None:
@@ -132,16 +140,23 @@ def woken_when_replaced(once: Path, folder: Path, driver: int, kind: str) -> boo
 def test_row_16_a_driver_that_dies_in_a_commit_leaves_nothing_that_is_loaded(
     tmp_path: Path, undisturbed: Path
 ) -> None:
-    folder = tmp_path / "run"
-    command: tuple[str, ...] = ("run", str(TINY), WITH_PROMPTS, "--dir", str(folder))
-    seconds, orphaned = [], 0
-    for point in ("driver.after_shards", "checkpoint.before_manifest", "checkpoint.before_marker"):
+    """Nor do uploads to the mirror."""
+    folder, url = tmp_path / "run", str(tmp_path / "mirror")
+    command: tuple[str, ...] = ("run", str(TINY), WITH_PROMPTS, f"checkpoint.mirror={url}")
+    command = (*command, "--dir", str(folder))
+    mirror, seconds, orphaned = Mirror(url, timeout_s=10), [], 0
+    for point in POINTS:
         program, ended = patiently(*command, TREADLE_FAILPOINTS=f"{point}=kill@1")
         assert ended.code == -signal.SIGKILL, (point, ended)
         assert program.all_but_agents_gone(), program.survivors()
-        assert not (folder / COMMIT).exists(), point
-        orphaned += sum(file.stat().st_size for file in (folder / COMMIT).parent.rglob("*") if file.is_file())
+        committed = (folder / COMMIT).exists()
+        assert committed == point.startswith("mirror."), point
+        if not committed:
+            torn = [file for file in (folder / COMMIT).parent.rglob("*") if file.is_file()]
+            orphaned += sum(file.stat().st_size for file in torn)
+        assert mirror.commits() == [], point
         command = ("resume", str(folder))
+    orphaned += sum(mirror.store.files("data").values())
     resumed = time.time()
     _, ended = patiently(*command)
     assert ended.code == 0, ended
@@ -150,16 +165,26 @@ def test_row_16_a_driver_that_dies_in_a_commit_leaves_nothing_that_is_loaded(
     write_row(
         Row(
             row=16,
-            fault="the driver dies between shards, manifest and marker, three times",
+            fault="the driver dies between shards, manifest and marker, three times here, twice in the mirror",
             seconds=seconds,
             account=found,
             same_bits=same_bits(folder, undisturbed),
-            figures={"bytes written and never loaded": orphaned},
+            figures={"bytes written and never loaded": orphaned, "of them left in the mirror": left(mirror)},
         )
     )
     assert clean(found), found
     assert same_bits(folder, undisturbed)
     assert orphaned > 0
+    assert left(mirror) == 0
+    assert mirror.commits()[-1].step == 6
+
+
+def left(mirror: Mirror) -> int:
+    """Bytes in the mirror that no commit needs."""
+    commits = mirror.commits()
+    needed = {file.path for commit in commits for file in mirror.manifest(commit).values()}
+    needed |= {commit.manifest for commit in commits}
+    return sum(size for name, size in mirror.store.files("data").items() if f"data/{name}" not in needed)
 
 
 def test_row_21_what_is_delivered_twice_or_out_of_order_counts_once(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def uploading(
         open_writer,
         keep=keep,
         tell=lambda kind, fields: told.events.append((kind, fields)),
-        changed=told.progress.append,
+        changed=lambda: told.progress.append(uploader.progress),
         first_pause_s=pause_s,
     )
     uploader.start()

@@ -67,9 +67,9 @@ class MirrorUploader:
     """One thread that owns a mirror from its first success on.
 
     consumes: the newest offer; waits for: one, or the end of a pause after a failure; unblocked by: `offer`, `hurry`,
-    `close`; produces: commits, `progress`, and `tell(event, fields)` where somebody should know. At most one offer is
-    being copied and one, the newest, is waiting. A failed copy is repeated after a pause that doubles up to a minute,
-    unless a newer commit has come.
+    `close`; produces: commits, `progress`, `changed()` after each change of it, and `tell(event, fields)` where
+    somebody should know. At most one offer is being copied and one, the newest, is waiting. A failed copy is repeated
+    after a pause that doubles up to a minute, unless a newer commit has come.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MirrorUploader:
         *,
         keep: int,
         tell: Callable[[str, Mapping[str, Json]], None],
-        changed: Callable[[Progress], None],
+        changed: Callable[[], None],
         known: Progress | None = None,
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
@@ -113,7 +113,7 @@ class MirrorUploader:
             self._condition.notify_all()
         if overtaken:
             self._skip(overtaken, "a newer commit was made before its turn came")
-        self._changed(self.progress)
+        self._changed()
 
     def held(self, stage: str) -> frozenset[int]:
         """The steps of commits that must stay on the disk: they are being copied, or wait for it."""
@@ -225,7 +225,7 @@ class MirrorUploader:
             dropped, self._current = self._current, None
         if dropped:
             self._skip(dropped, reason)
-            self._changed(self.progress)
+            self._changed()
 
     def _skip(self, offer: Offer, reason: str) -> None:
         _tidy(offer)
@@ -241,7 +241,7 @@ class MirrorUploader:
                 failures=self.progress.failures + 1,
                 failing_since=self.progress.failing_since or time.time(),
             )
-        self._changed(self.progress)
+        self._changed()
         if first:
             self._tell(FAILING, {"message": message})
 
@@ -250,7 +250,7 @@ class MirrorUploader:
         before = self.progress
         with self._condition:
             self._update(error="", failing_since=0.0)
-        self._changed(self.progress)
+        self._changed()
         if before.error:
             seconds = round(time.time() - before.failing_since, 1)
             self._tell(RECOVERED, {"message": before.error, "seconds": seconds})

@@ -74,7 +74,7 @@ class RunMirror:
         if fetched := self._said.pop("fetched", None):
             self._tell(FETCHED, fetched)
         shutil.rmtree(self._scratch, ignore_errors=True)
-        self._changed(self._uploader.progress)  # the folder's id is on the disk before the mirror knows it
+        self._changed()  # the folder's id is on the disk before the mirror knows it
         self._uploader.start()
 
     def check(self) -> None:
@@ -97,13 +97,15 @@ class RunMirror:
         self._made += max(0, step - last_step) if stage == last_stage else step
         self._last = (stage, step)
         made, now = self._made, time.time()
+        ledger = self._scratch / f"ledger-{time.monotonic_ns()}.sqlite"
         try:
-            sources, scratch = await asyncio.to_thread(self._staged, stage, checkpoint)
+            sources = await asyncio.to_thread(self._staged, ledger, stage, checkpoint)
         except (OSError, StorageError) as error:
+            ledger.unlink(missing_ok=True)
             self._tell(SKIPPED, {"commit": f"{stage}, step {step}", "message": str(error)})
             return
         self._uploader.offer(
-            Offer(stage=stage, step=step, made=made, unix_s=now, sources=sources, scratch=scratch)
+            Offer(stage=stage, step=step, made=made, unix_s=now, sources=sources, scratch=(ledger,))
         )
 
     def figures(self) -> dict[str, float]:
@@ -128,7 +130,7 @@ class RunMirror:
             if self._uploader.progress.error and not patient:
                 break
             await asyncio.sleep(LOOK_S)
-        if not self._uploader.arrived:
+        if not self._complete:
             self._tell(BEHIND, {"message": self._behind()})
 
     def summary(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class RunMirror:
         progress = self._uploader.progress
         return {
             "url": self._said["url"],
-            "complete": self._uploader.arrived,
+            "complete": self._complete,
             "stage": progress.stage,
             "step": progress.step,
             "commits": progress.commits,
@@ -150,6 +152,11 @@ class RunMirror:
         self._uploader.close()
         with self._lock:
             self._closed = True
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the run's last commit is in the mirror; one that the disk refused was never offered."""
+        return self._uploader.arrived and self.holds(*self._last)
 
     def _behind(self) -> str:
         progress, (stage, step) = self._uploader.progress, self._last
@@ -168,13 +175,13 @@ class RunMirror:
         mirror = Mirror(self._said["url"], timeout_s=self._config.mirror_timeout_s)
         return MirrorWriter(mirror, mirror.claim(self._said["id"], this_process()))
 
-    def _staged(self, stage: str, checkpoint: str | None) -> tuple[tuple[Source, ...], tuple[Path, ...]]:
-        self._scratch.mkdir(exist_ok=True)
-        ledger = self._scratch / f"ledger-{time.monotonic_ns()}.sqlite"
+    def _staged(self, ledger: Path, stage: str, checkpoint: str | None) -> tuple[Source, ...]:
+        """What to upload, with a copy of the ledger at that path."""
+        ledger.parent.mkdir(exist_ok=True)
         self._ledger.snapshot(ledger)
         copy = Source(name=self._folder.ledger.name, path=ledger, size=ledger.stat().st_size)
         shards = _checkpoint(self._folder.path, Path(checkpoint)) if checkpoint else []
-        return (*shards, copy, *_rest(self._folder, stage)), (ledger,)
+        return (*shards, copy, *_rest(self._folder, stage))
 
     def _tell(self, kind: str, told: Mapping[str, Json]) -> None:
         with self._lock:
@@ -190,10 +197,10 @@ class RunMirror:
             elif kind in (PASSED_OVER, BEHIND):
                 self._tracker.say(f"warning: {told['message']}")
 
-    def _changed(self, progress: Progress) -> None:
+    def _changed(self) -> None:
         with self._lock, suppress(OSError):  # the uploader's way must not end at a full disk
             if self._may_write():
-                write_json(self._folder.mirror, {**self._said, **asdict(progress)})
+                write_json(self._folder.mirror, {**self._said, **asdict(self._uploader.progress)})
 
     def _may_write(self) -> bool:
         """The folder may belong to another process by now."""
