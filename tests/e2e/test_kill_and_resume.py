@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -77,6 +78,23 @@ def test_a_second_run_into_the_same_folder_is_refused(battered: Path) -> None:
     assert "already holds a run" in ended.complaint
     assert f"treadle resume {battered}" in ended.complaint
     assert (battered / "run.json").read_text() == before
+
+
+def test_a_run_continues_with_fewer_ranks_and_more_workers(battered: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(battered, folder)
+    refused = Program(words=("resume", str(folder), "stages.rl.optim.lr=1")).run()
+    assert refused.code == 2
+    assert "stages.rl cannot change when a run is continued" in refused.complaint
+    program, ended = patiently("resume", str(folder), "learner.ranks=1", "rollout.workers=3")
+    assert ended.code == 0, ended
+    assert program.all_gone(), program.survivors()
+    samples = summary_of(folder)["samples"]
+    assert samples["trained"] == STEPS * GROUPS_PER_STEP
+    assert (samples["doubled"], samples["lost"], samples["in_flight"]) == (0, 0, 0)
+    said = (folder / "config.yaml").read_text()
+    assert "ranks: 1" in said, "the folder says what it was continued with"
+    assert "workers: 3" in said
 
 
 def killed_at(folder: Path, point: str, hit: int) -> tuple[Program, Ended]:

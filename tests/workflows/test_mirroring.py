@@ -234,7 +234,7 @@ def test_an_empty_url_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="holds the mirror of another run"):
             check_new_mirror(config_of(tmp_path / "bucket"))
         with pytest.raises(ConfigError, match=r"Leave --dir out"):
-            commands.resume(str(tmp_path / "run"), tmp_path / "new", "", take_over=False, as_json=False)
+            commands.resume(str(tmp_path / "run"), [], tmp_path / "new", "", take_over=False, as_json=False)
     check_new_mirror(config_of(tmp_path / "free"))
     check_new_mirror(CheckpointConfig())
 

@@ -172,5 +172,7 @@ def test_taking_over_is_said_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(commands, "load_recipe", lambda source: "recipe")
     monkeypatch.setattr(commands, "_play", lambda *asked: {"played": asked})
     with pytest.raises(ConfigError, match=rf"(?s)is being run by process {os.getpid()}.*--take-over"):
-        commands.resume(str(tmp_path), None, "", take_over=False, as_json=False)
-    assert commands.resume(str(tmp_path), None, "", take_over=True, as_json=False)["played"][0] == "recipe"
+        commands.resume(str(tmp_path), [], None, "", take_over=False, as_json=False)
+    assert (
+        commands.resume(str(tmp_path), [], None, "", take_over=True, as_json=False)["played"][0] == "recipe"
+    )

@@ -92,6 +92,12 @@ def resume(
     run: Annotated[
         str, typer.Argument(help="A run folder, or the URL of a mirror, which is continued in --dir.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings of roles, cluster, checkpoint, tracking and recovery: learner.ranks=4 ..."
+        ),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option("--dir", help="With a URL: the new run folder; the default is runs/<last part of it>."),
@@ -108,7 +114,9 @@ def resume(
     """Continue a run that was stopped or killed, from its newest committed checkpoint, here or in its mirror."""
     from treadle.workflows import commands
 
-    _finish(commands.resume(run, folder, address, take_over=take_over, as_json=as_json), as_json)
+    _finish(
+        commands.resume(run, overrides or [], folder, address, take_over=take_over, as_json=as_json), as_json
+    )
 
 
 @app.command()

@@ -42,14 +42,22 @@ def run(
     return _play(recipe, target, as_json)
 
 
-def resume(source: str, folder: Path | None, address: str, *, take_over: bool, as_json: bool) -> Result:
+def resume(
+    source: str,
+    overrides: Sequence[str],
+    folder: Path | None,
+    address: str,
+    *,
+    take_over: bool,
+    as_json: bool,
+) -> Result:
     """Continues a run from its folder, or from its mirror in the new folder `folder`. Whoever ran it before can write
-    nothing more from then on."""
+    nothing more from then on. `overrides` may say where and with how many processes, not what is trained."""
     path = Path(source)
     if "://" in source or folder is not None:
         path = _rebuilt(source, folder, address)
     target = RunFolder.existing(path)
-    recipe = load_recipe(target.config)
+    recipe = _resized(target.config, overrides)
     state = target.state()
     if (holds := holder(state)) and not take_over:
         raise ConfigError(
@@ -58,10 +66,32 @@ def resume(source: str, folder: Path | None, address: str, *, take_over: bool, a
         )
     if state.get("state") == "finished" and target.summary.exists():
         return {**read_json(target.summary), "text": _text(target)}
-    if address:
+    if address or overrides:
         recipe = _addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
     return _play(recipe, path, as_json)
+
+
+def _resized(config: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a run with other settings where they are no part of what comes out."""
+    before = load_recipe(config)
+    if not overrides:
+        return before
+    after = load_recipe(config, overrides)
+    fixed = {
+        "name": (before.name, after.name),
+        "seed": (before.seed, after.seed),
+        "tokenizer": (before.tokenizer, after.tokenizer),
+        "verify.parts": (before.verify.parts, after.verify.parts),
+        **{f"stages.{name}": (before.stages.get(name), after.stages.get(name)) for name in after.stages},
+    }
+    if changed := [name for name, (old, new) in fixed.items() if old != new]:
+        raise ConfigError(
+            f"{', '.join(changed)} cannot change when a run is continued: it decides what is trained.",
+            "Change only roles (learner.ranks, rollout.workers, ...), cluster, checkpoint, tracking and recovery, or "
+            "start a new run.",
+        )
+    return after
 
 
 def _rebuilt(url: str, folder: Path | None, address: str) -> Path:
