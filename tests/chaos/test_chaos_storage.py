@@ -235,6 +235,7 @@ def played(folder: Path, bucket: Bucket, fault: str) -> Played:
 
 
 def test_row_17_the_bucket_fails_and_no_step_waits_for_it(tmp_path: Path, bucket: Bucket) -> None:
+    fetching_through_faults(bucket, tmp_path)
     bucket.faults.stall_s = 5.0
     quiet = played(tmp_path / "none", bucket, "")
     ratios, lost = {}, 0
@@ -248,7 +249,6 @@ def test_row_17_the_bucket_fails_and_no_step_waits_for_it(tmp_path: Path, bucket
         assert clean(account(folder)), fault
         again = rebuild(disturbed.url, tmp_path / f"{fault}-again")
         lost += STEPS - outputs_of(again)["rl"].steps
-    fetching_through_faults(bucket, tmp_path)
     write_row(
         Row(
             row=17,
@@ -264,9 +264,10 @@ def test_row_17_the_bucket_fails_and_no_step_waits_for_it(tmp_path: Path, bucket
 
 def fetching_through_faults(bucket: Bucket, folder: Path) -> None:
     """Half a body is read again; an object that is listed and not found costs its commit, and that is told."""
+    url = bucket.copy("cut")
     bucket.faults.concern = lambda method, path: method == "GET" and path.endswith(".safetensors")
     bucket.faults.due = ["cut"]
-    whole = rebuild(bucket.copy("cut"), folder / "cut")
+    whole = rebuild(url, folder / "cut")
     assert bucket.faults.due == []
     assert mirrored_step(whole.path) == 4
     url = bucket.copy("gone")
