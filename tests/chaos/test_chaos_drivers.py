@@ -148,7 +148,8 @@ def test_row_16_a_driver_that_dies_in_a_commit_leaves_nothing_that_is_loaded(
     for point in POINTS:
         program, ended = patiently(*command, TREADLE_FAILPOINTS=f"{point}=kill@1")
         assert ended.code == -signal.SIGKILL, (point, ended)
-        assert program.all_but_agents_gone(), program.survivors()
+        # A worker that is being started when everything around it dies ends when it finds nobody to connect to.
+        assert program.all_but_agents_gone(within_s=90), program.survivors()
         committed = (folder / COMMIT).exists()
         assert committed == point.startswith("mirror."), point
         if not committed:
