@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define TREADLE_API extern "C" __attribute__((visibility("default")))
-#define TREADLE_ABI 1
+#define TREADLE_ABI 2
 
 enum TreadleStatus {
     TREADLE_OK = 0,
@@ -30,7 +30,7 @@ enum TreadleVerdict {
 // One tensor, or a run of consecutive elements of one; a row of six int64 in Python's tables.
 struct TreadlePiece {
     int64_t n;            // elements
-    int64_t width;        // bytes per element: 1, 2 or 4
+    int64_t width;        // bytes per element: 1, 2 or 4; for a digest also 8
     int64_t first_block;  // blocks of 65,536 elements in the pieces before this one
     uint64_t k1, k2;      // the digest's keys of the tensor
     int64_t flat_offset;  // of element 0 in the whole tensor
@@ -73,6 +73,10 @@ TREADLE_API int treadle_digest(const void* bits, int64_t n, int64_t width, int64
 // The same for elements at any flat index.
 TREADLE_API int treadle_digest_at(const int64_t* index, const void* bits, int64_t n, int64_t width, uint64_t k1,
                                   uint64_t k2, uint64_t* lanes, uint64_t lane);
+
+// The same for all pieces at once: pointers[count] are their elements.
+TREADLE_API int treadle_digest_pieces(const TreadlePiece* pieces, const int64_t* pointers, int64_t count,
+                                      int64_t blocks, uint64_t* lanes, uint64_t lane);
 
 // pointers[pieces][3] = fp32 master, bf16 parameter, dirty words. Rounds masters into parameters, sets the dirty
 // bit of every element that changes, adds the change to lanes[2] and the number of changes to *changed.

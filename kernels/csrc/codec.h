@@ -134,11 +134,27 @@ struct BitReader {
 
     TREADLE_HD BitReader(const uint8_t* bytes, int64_t size) : next(bytes), bits(8 * size), window(0), filled(0) {}
 
+    // At least 57 bits afterwards, or all that are left. A processor reads eight bytes at once where as many are left:
+    // how many it needs is random, and a loop over them would be mispredicted.
     TREADLE_HD void fill() {
+#ifndef __CUDA_ARCH__
+        if (bits - filled >= 64) {
+            uint64_t ahead;
+            memcpy(&ahead, next, 8);
+            window |= ahead << filled;
+            next += (63 - filled) >> 3;
+            filled |= 56;
+            return;
+        }
+#endif
         while (filled <= 56 && bits > filled) {
             window |= (uint64_t)*next++ << filled;
             filled += 8;
         }
+    }
+    // `count` bits of the window, or all that are left. After a `fill` that is mostly so already.
+    TREADLE_HD void need(int count) {
+        if (filled < count) fill();
     }
     TREADLE_HD uint32_t take(int count) {
         uint32_t value = (uint32_t)(window & ((1ull << count) - 1));
@@ -153,7 +169,7 @@ struct BitReader {
 
 // A number, or -1 where the stream ends within its code. At most 48 bits.
 TREADLE_HD int64_t read_rice(BitReader& in, int k, int raw) {
-    in.fill();
+    in.need(RICE_LIMIT + raw);
     uint64_t zeros = ~in.window | 1u << RICE_LIMIT;
 #ifdef __CUDA_ARCH__
     int q = __ffsll((long long)zeros) - 1;
@@ -186,9 +202,9 @@ TREADLE_HD bool read_stream(const uint8_t* bytes, int64_t size, int k, int j, in
         if (position >= n) return false;
         int64_t size_of_step = read_rice(in, j, 8 * width);
         if (size_of_step < 0 || in.bits < 1 || size_of_step >= (int64_t)1 << (8 * width - 1)) return false;
-        in.fill();
-        bool negative = in.take(1) != 0;
-        visit(position, (int32_t)(uint32_t)(negative ? -(size_of_step + 1) : size_of_step + 1));
+        in.need(1);
+        uint32_t negative = 0u - in.take(1);
+        visit(position, (int32_t)((((uint32_t)size_of_step + 1) ^ negative) - negative));
     }
 }
 

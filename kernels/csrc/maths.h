@@ -99,15 +99,16 @@ TREADLE_HD float float_of_e4m3(uint8_t b) {
 }
 
 // Bit patterns in the order of the values they stand for (sign and magnitude to two's complement), so that one ulp
-// is a difference of one; -0 comes just before 0. `width` is in bytes.
+// is a difference of one; -0 comes just before 0. `width` is in bytes. Signs of weights are random: a branch on one
+// would be mispredicted half of the time, after waiting for the weight.
 TREADLE_HD int32_t ordered(uint32_t b, int width) {
-    uint32_t sign = 1u << (8 * width - 1);
-    return (b & sign) ? (int32_t)~(b & (sign - 1)) : (int32_t)b;
+    uint32_t sign = 1u << (8 * width - 1), negative = 0u - (b >> (8 * width - 1) & 1u);
+    return (int32_t)((b & (sign - 1)) ^ negative);
 }
 
 TREADLE_HD uint32_t unordered(int32_t o, int width) {
-    uint32_t sign = 1u << (8 * width - 1), mask = sign - 1;
-    return o < 0 ? (sign | (~(uint32_t)o & mask)) : ((uint32_t)o & mask);
+    uint32_t sign = 1u << (8 * width - 1), negative = (uint32_t)(o >> 31);
+    return (((uint32_t)o ^ negative) & (sign - 1)) | (negative & sign);
 }
 
 // From `before` to `after` in ulps, wrapped into [-2^(8·width-1), 2^(8·width-1)).
@@ -126,16 +127,17 @@ TREADLE_HD uint32_t ulp_add(uint32_t before, int32_t step, int width) {
 
 // The digest's mix of one element; constants and proof of what it detects are in treadle/kernels/digest.py.
 constexpr uint64_t PHI = 0x9E3779B97F4A7C15ull;
+constexpr uint64_t MIX_1 = 0xBF58476D1CE4E5B9ull, MIX_2 = 0x94D049BB133111EBull, MIX_3 = 0xD6E8FEB86659FD93ull;
 
 struct Lanes {
     uint64_t first, second;
 };
 
 TREADLE_HD Lanes mix(uint64_t bits, uint64_t key, uint64_t k2) {
-    uint64_t x = (bits ^ key) * 0xBF58476D1CE4E5B9ull;
+    uint64_t x = (bits ^ key) * MIX_1;
     x ^= x >> 32;
-    uint64_t h1 = x * 0x94D049BB133111EBull;
-    uint64_t h2 = (x + k2) * 0xD6E8FEB86659FD93ull;
+    uint64_t h1 = x * MIX_2;
+    uint64_t h2 = (x + k2) * MIX_3;
     return {h1 ^ (h1 >> 29), h2 ^ (h2 >> 31)};
 }
 

@@ -3,6 +3,7 @@ so that one byte too many is noticed."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import numpy as np
@@ -11,8 +12,8 @@ from tests.kernels.test_delta_damage import VALID, block_of
 
 from treadle.kernels import native
 from treadle.kernels.cast_diff import CastDiff
-from treadle.kernels.delta import apply_delta_, check_delta, encode_delta
-from treadle.kernels.digest import Partial, partial_digest
+from treadle.kernels.delta import apply_delta_, check_delta, encode_delta, write_delta_
+from treadle.kernels.digest import Partial, partial_digest, tensors_digest
 from treadle.kernels.errors import DeltaCorrupt
 from treadle.kernels.layout import Layout
 from treadle.kernels.pack import Packing
@@ -52,6 +53,7 @@ def encoders() -> None:
         master, parameter = exact(torch.randn(n)), exact(torch.zeros(n, dtype=torch.bfloat16))
         CastDiff(Layout.of([("w", parameter)]), [master], [parameter]).step()
         partial_digest("w", 0, parameter)
+        tensors_digest([("w", parameter), ("m", master)])
 
 
 def decoders(rounds: int = 80) -> None:
@@ -73,6 +75,8 @@ def decoders(rounds: int = 80) -> None:
                 apply_delta_(delta, plan, expected=check_delta(delta, plan))
             except DeltaCorrupt:
                 assert torch.equal(target.view(torch.int16), weights.view(torch.int16))
+            with contextlib.suppress(DeltaCorrupt):
+                write_delta_(delta, plan)
 
 
 def packers() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treadle.kernels import delta_codec as codec
 from treadle.kernels import native
-from treadle.kernels.delta import Delta, apply_delta_, check_delta
+from treadle.kernels.delta import Delta, apply_delta_, check_delta, write_delta_
 from treadle.kernels.digest import Partial
 from treadle.kernels.errors import DeltaCorrupt, DeltaMismatch
 from treadle.kernels.layout import Layout
@@ -142,6 +142,35 @@ def test_random_bytes_never_lead_outside(backend: native.Library, encoding: int)
             assert same_bits(room, before)
         assert same_bits(room[:32], before[:32])
         assert same_bits(room[-32:], before[-32:])
+
+
+@pytest.mark.parametrize("encoding", sorted(VALID))
+def test_writing_without_a_look_does_the_same_and_stays_within_its_tensor(
+    backend: native.Library, encoding: int
+) -> None:
+    """Whole deltas are written alike; of damaged ones the first defect is told, and nothing outside changes."""
+    rng = np.random.default_rng(encoding)
+    for turn in range(12):
+        data = bytearray(VALID[encoding])
+        for _ in range(turn % 3):
+            data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        delta, weights, _ = block_of(encoding, bytes(data[: len(data) - turn // 6]))
+        room = torch.full((len(weights) + 128,), 7.0, dtype=weights.dtype)
+        ours, theirs = room[64:-64].copy_(weights), weights.clone()
+        told = []
+        for target, write in ((ours, write_delta_), (theirs, checked_write)):
+            try:
+                write(delta, Plan.direct(delta.layout, [("w", target)]))
+                told.append("")
+            except DeltaCorrupt as error:
+                told.append(str(error))
+        assert told[0] == told[1]
+        assert told[0] or same_bits(ours, theirs)
+        assert bool((room[:64] == 7).all() and (room[-64:] == 7).all())
+
+
+def checked_write(delta: Delta, plan: Plan) -> None:
+    apply_delta_(delta, plan, expected=check_delta(delta, plan))
 
 
 def test_damage_that_is_well_formed_is_caught_by_the_digest(backend: native.Library) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -63,6 +65,39 @@ def test_chunk_boundaries_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     for size in (1, 7, 999, 1000, 1001):
         monkeypatch.setattr(digest, "_CHUNK", size)
         assert partial_digest("w", 0, tensor) == whole
+
+
+def test_batches_leave_no_trace_and_no_more_than_one_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = _state()
+    whole = state_digest(state.items())
+    for size in (1, 64, 200, 10**9):
+        monkeypatch.setattr(digest, "_BATCH_BYTES", size)
+        assert state_digest(state.items()) == whole
+    monkeypatch.setattr(digest, "_BATCH_BYTES", 2 * 4096)
+    living: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    def from_a_file() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(12):
+            fresh = torch.full((1024,), float(i))
+            living.add(fresh)
+            assert len(living) <= 4
+            yield str(i), fresh
+
+    state_digest(from_a_file())
+
+
+def test_a_state_is_looked_at_anew_every_time() -> None:
+    """Tables of keys are remembered, bits are not."""
+    weights = torch.nn.Linear(5, 3)
+    first = state_digest(weights.state_dict(keep_vars=True).items())
+    with torch.no_grad():
+        weights.bias[1] += 1
+    assert state_digest(weights.state_dict(keep_vars=True).items()) != first
+    assert state_digest(weights.state_dict().items()) == str(
+        combine(partial_digest(name, 0, tensor) for name, tensor in weights.state_dict().items())
+    )
+    with pytest.raises(TypeError, match="view_as_real"):
+        state_digest([("w", torch.zeros(2, dtype=torch.complex64))])
 
 
 def test_the_order_of_tensors_does_not_matter() -> None:

@@ -8,10 +8,14 @@ from tests.kernels.weights import misaligned, random_bits
 
 from treadle.kernels import digest, native
 from treadle.kernels.digest import (
+    combine,
+    digest_pieces_eager,
     elements_digest,
     elements_digest_eager,
     partial_digest,
     partial_digest_eager,
+    table_of,
+    tensors_digest,
 )
 
 DTYPES = [
@@ -33,6 +37,44 @@ def test_the_compiled_digest_is_the_twins(
 ) -> None:
     tensor = misaligned(random_bits(numel, dtype, 1), shift)
     assert partial_digest("w", 2**40 + 3, tensor) == partial_digest_eager("w", 2**40 + 3, tensor)
+
+
+def mixed_state(seed: int) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of every width, around the boundaries of blocks and segments, at odd addresses, some empty."""
+    sizes = (0, 1, 17, 8191, 8192, 8193, 65_535, 0, 65_536, 65_537, 140_001, 3, 0)
+    return [
+        (f"t{i}", misaligned(random_bits(size, DTYPES[(i + seed) % len(DTYPES)], seed + i), i % 5))
+        for i, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(len(DTYPES)))
+def test_many_tensors_in_one_call_have_the_sum_of_their_digests(backend: native.Library, seed: int) -> None:
+    state = mixed_state(seed)
+    assert tensors_digest(state) == combine(partial_digest_eager(name, 0, t) for name, t in state)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 2**40 + 1])
+def test_pieces_are_digested_where_they_belong_in_their_tensors(backend: native.Library, offset: int) -> None:
+    state = mixed_state(1)
+    table, blocks = table_of((name, t.dtype, t.numel(), offset) for name, t in state)
+    tensors = [t for _, t in state]
+    lanes = torch.ops.treadle.digest_pieces(table, tensors, blocks)
+    assert lanes.tolist() == digest_pieces_eager(table, tensors).tolist()
+    whole = combine(partial_digest_eager(name, offset, t) for name, t in state)
+    assert [lane % 2**64 for lane in lanes.tolist()] == list(whole)
+
+
+def test_threads_do_not_change_the_digest_of_many(cpu_library: object, threads: int) -> None:
+    state = mixed_state(2)
+    assert tensors_digest(state) == combine(partial_digest_eager(name, 0, t) for name, t in state)
+
+
+def test_a_piece_of_no_known_width_is_refused(cpu_library: object) -> None:
+    table, blocks = table_of([("w", torch.float32, 4, 0)])
+    table[0, 1] = 3
+    with pytest.raises(native.KernelError, match="treadle_digest_pieces: an argument is out of range"):
+        torch.ops.treadle.digest_pieces(table, [torch.zeros(4)], blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,3 +99,4 @@ def test_without_a_library_the_twin_computes(eager: None, monkeypatch: pytest.Mo
         assert partial_digest("w", 0, tensor) == whole
     index = torch.arange(1000)
     assert elements_digest("w", index, tensor) == whole
+    assert tensors_digest([("w", tensor), ("none", tensor[:0])]) == whole

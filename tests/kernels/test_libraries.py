@@ -40,6 +40,7 @@ EXPORTED = {
     "treadle_delta_scratch",
     "treadle_digest",
     "treadle_digest_at",
+    "treadle_digest_pieces",
     "treadle_pack",
     "treadle_ready",
     "treadle_reduce",
@@ -225,7 +226,7 @@ def test_a_file_that_is_no_library_or_an_older_one_is_refused(tmp_path: Path) ->
     older = tmp_path / "libolder.so"
     command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(older)]
     subprocess.run(command, input='extern "C" int treadle_abi() { return 0; }', text=True, check=True)
-    with pytest.raises(KernelError, match="has interface 0, not 1"):
+    with pytest.raises(KernelError, match="has interface 0, not 2"):
         native.Library(older)
 
 
@@ -259,6 +260,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "unpack_": tiles,
         "reduce_": ([old, new], torch.empty_like(old)),
         "digest": (old.view(torch.int16), 3, 5, -7),
+        "digest_pieces": (layout.table, [old], layout.blocks),
         "digest_at": (old.view(torch.int16), torch.arange(70_000), 5, -7),
         "cast_diff_": (layout.table, cast.masters, cast.parameters, cast.dirty, two, torch.zeros(1).long()),
         "delta_encode": (layout.table, [new], [old], [], True, blocks, payload, two),

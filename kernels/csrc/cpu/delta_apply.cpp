@@ -9,6 +9,12 @@ namespace {
 constexpr int64_t NONE = INT64_MAX;
 constexpr int BATCH = 64;
 
+struct Change {
+    int64_t element;
+    uint32_t value;
+    bool is_step;
+};
+
 // The bytes of one block and what they are said to be.
 struct Block {
     const uint8_t* bytes;
@@ -168,7 +174,8 @@ struct Job {
         return {payload + (placed ? at : 0), placed ? bytes : -1, n, (int)(table[index] >> 28), (int)piece.width};
     }
 
-    // visit(cursor, element, is_step, value) for every rectangle that holds a changed element.
+    // visit(rectangle, base, place, change) for every rectangle that holds a changed element. Changes wait for each
+    // other: the elements of many are fetched from memory at the same time.
     template <class Visit>
     int read(int64_t index, int64_t* elements, Visit visit) const {
         int64_t p = piece_of(pieces, count, index), start = (index - pieces[p].first_block) * BLOCK;
@@ -177,21 +184,39 @@ struct Job {
         int64_t r = first_rectangle[p], last = first_rectangle[p + 1];
         do {
             Cursor cursors[BATCH];
-            int held = 0;
+            Change changes[BATCH];
+            int held = 0, waiting = 0;
             for (; r < last && held < BATCH; ++r) {
                 const TreadleRectangle& q = rectangles[r];
                 int64_t end = q.start + (q.rows - 1) * q.stride + q.cols;
                 if (q.start < start + b.n && end > start)
                     cursors[held++] = {&q, (void*)destinations[q.destination]};
             }
+            auto flush = [&] {
+                for (int c = 0; c < held; ++c) visit_all(cursors[c], changes, waiting, b.width, visit);
+                waiting = 0;
+            };
             *elements = 0;
             int found = read_block(b, [&](int64_t position, bool is_step, uint32_t value) {
                 ++*elements;
-                for (int c = 0; c < held; ++c) visit(cursors[c], start + position, is_step, value);
+                changes[waiting++] = {start + position, value, is_step};
+                if (waiting == BATCH) flush();
             });
+            flush();
             if (found) return found;
         } while (r < last);
         return 0;
+    }
+
+    template <class Visit>
+    static void visit_all(Cursor& cursor, const Change* changes, int count, int width, Visit visit) {
+        int64_t places[BATCH];
+        for (int i = 0; i < count; ++i) {
+            places[i] = cursor.find(changes[i].element);
+            if (places[i] >= 0) __builtin_prefetch((const char*)cursor.base + places[i] * width, 1);
+        }
+        for (int i = 0; i < count; ++i)
+            if (places[i] >= 0) visit(*cursor.r, cursor.base, places[i], changes[i]);
     }
 };
 
@@ -219,12 +244,11 @@ int treadle_delta_check(const TreadlePiece* pieces, int64_t count, int64_t block
             const TreadlePiece& piece = pieces[piece_of(pieces, count, b)];
             int width = (int)piece.width;
             int64_t elements = 0;
-            int found = job.read(b, &elements, [&](Cursor& at, int64_t element, bool is_step, uint32_t value) {
-                int64_t place = at.r->counted ? at.find(element) : -1;
-                if (place < 0) return;
-                uint32_t before = load_element(at.base, place, width);
-                uint32_t after = is_step ? ulp_add(before, (int32_t)value, width) : value;
-                uint64_t key = piece.k1 + (uint64_t)(piece.flat_offset + element) * PHI;
+            int found = job.read(b, &elements, [&](const TreadleRectangle& r, void* base, int64_t place, const Change& change) {
+                if (!r.counted) return;
+                uint32_t before = load_element(base, place, width);
+                uint32_t after = change.is_step ? ulp_add(before, (int32_t)change.value, width) : change.value;
+                uint64_t key = piece.k1 + (uint64_t)(piece.flat_offset + change.element) * PHI;
                 Lanes h = mix_change(before, after, width, key, piece.k2);
                 first += h.first;
                 second += h.second;
@@ -254,11 +278,10 @@ int treadle_delta_apply(const TreadlePiece* pieces, int64_t count, int64_t block
         for (int64_t b = begin; b < end; ++b) {
             int width = (int)pieces[piece_of(pieces, count, b)].width;
             int64_t elements = 0;
-            int found = job.read(b, &elements, [&](Cursor& at, int64_t element, bool is_step, uint32_t value) {
-                int64_t place = at.find(element);
-                if (place < 0) return;
-                uint32_t before = is_step ? load_element(at.base, place, width) : 0;
-                store_element(at.base, place, width, is_step ? ulp_add(before, (int32_t)value, width) : value);
+            int found = job.read(b, &elements, [&](const TreadleRectangle&, void* base, int64_t place, const Change& change) {
+                uint32_t before = change.is_step ? load_element(base, place, width) : 0;
+                uint32_t after = change.is_step ? ulp_add(before, (int32_t)change.value, width) : change.value;
+                store_element(base, place, width, after);
             });
             if (found) note(verdict, b, found);
         }

@@ -60,10 +60,54 @@ inline uint32_t changed_word(const uint32_t* a, const uint32_t* b) {
 }
 #endif
 
+#if defined(__AVX512DQ__)
+inline __m512i widened(const int8_t* p) { return _mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i*)p)); }
+inline __m512i widened(const int16_t* p) { return _mm512_cvtepi16_epi64(_mm_loadu_si128((const __m128i*)p)); }
+inline __m512i widened(const int32_t* p) { return _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)p)); }
+inline __m512i widened(const int64_t* p) { return _mm512_loadu_si512(p); }
+
+// `mix` of eight elements at once. The compiler would compute every key with a multiplication and widen elements in
+// two steps, which takes a fifth more time.
+struct EightMixes {
+    __m512i key, k2, first, second;
+
+    EightMixes(Keys keys) {
+        __m512i ramp = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+        key = _mm512_add_epi64(_mm512_mullo_epi64(ramp, all(PHI)), all(keys.key));
+        k2 = all(keys.k2);
+        first = second = _mm512_setzero_si512();
+    }
+    static __m512i all(uint64_t x) { return _mm512_set1_epi64((int64_t)x); }
+    static uint64_t sum(__m512i lanes) {
+        uint64_t parts[8], total = 0;
+        _mm512_storeu_si512(parts, lanes);
+        for (uint64_t part : parts) total += part;
+        return total;
+    }
+
+    void add(__m512i bits) {
+        __m512i x = _mm512_mullo_epi64(_mm512_xor_si512(bits, key), all(MIX_1));
+        key = _mm512_add_epi64(key, all(8 * PHI));
+        x = _mm512_xor_si512(x, _mm512_srli_epi64(x, 32));
+        __m512i h1 = _mm512_mullo_epi64(x, all(MIX_2)), h2 = _mm512_mullo_epi64(_mm512_add_epi64(x, k2), all(MIX_3));
+        first = _mm512_add_epi64(first, _mm512_xor_si512(h1, _mm512_srli_epi64(h1, 29)));
+        second = _mm512_add_epi64(second, _mm512_xor_si512(h2, _mm512_srli_epi64(h2, 31)));
+    }
+};
+#endif
+
 template <class T>
 void digest_of(const T* bits, int64_t n, Keys keys, uint64_t* lanes) {
     uint64_t first = 0, second = 0;
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t i = 0;
+#if defined(__AVX512DQ__)
+    EightMixes mixes(keys);
+    for (; i + 32 <= n; i += 32)
+        for (int part = 0; part < 32; part += 8) mixes.add(widened(bits + i + part));
+    first = EightMixes::sum(mixes.first);
+    second = EightMixes::sum(mixes.second);
+#endif
+    for (; i < n; ++i) {
         Lanes h = mix((uint64_t)(int64_t)bits[i], keys.key + (uint64_t)i * PHI, keys.k2);
         first += h.first;
         second += h.second;

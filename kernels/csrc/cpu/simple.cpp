@@ -70,6 +70,27 @@ int treadle_digest_at(const int64_t* index, const void* bits, int64_t n, int64_t
     return TREADLE_OK;
 }
 
+int treadle_digest_pieces(const TreadlePiece* pieces, const int64_t* pointers, int64_t count, int64_t blocks,
+                          uint64_t* lanes, uint64_t lane) {
+    for (int64_t p = 0; p < count; ++p)
+        if (pieces[p].n < 0 || !is_width(pieces[p].width)) return TREADLE_BAD_ARGUMENT;
+    const Loops& l = loops();
+    parallel(lane, blocks, 1, [&](int64_t begin, int64_t end, int) {
+        uint64_t part[2] = {0, 0};
+        int64_t p = piece_of(pieces, count, begin);
+        for (int64_t b = begin; b < end; ++b) {
+            while (p + 1 < count && pieces[p + 1].first_block <= b) ++p;
+            const TreadlePiece& piece = pieces[p];
+            int64_t start = (b - piece.first_block) * BLOCK;
+            int64_t length = piece.n - start < BLOCK ? piece.n - start : BLOCK;
+            Keys keys = {piece.k1 + (uint64_t)(piece.flat_offset + start) * PHI, piece.k2};
+            l.digest((const char*)pointers[p] + start * piece.width, length, (int)piece.width, keys, part);
+        }
+        add(lanes, part);
+    });
+    return TREADLE_OK;
+}
+
 int treadle_cast_diff(const TreadlePiece* pieces, const int64_t* pointers, int64_t count, int64_t blocks,
                       uint64_t* lanes, int64_t* changed, uint64_t lane) {
     const Loops& l = loops();

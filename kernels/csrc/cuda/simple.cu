@@ -5,11 +5,11 @@
 namespace treadle {
 namespace {
 
-// Signed integers of an element's width; one vector is 16 bytes.
+// What one of `threads` threads adds up over signed integers of an element's width; one vector is 16 bytes.
 template <class T>
-__global__ void digest_kernel(const T* bits, int64_t n, uint64_t key, uint64_t k2, uint64_t* lanes) {
+__device__ __forceinline__ Lanes digest_run(const T* bits, int64_t n, uint64_t key, uint64_t k2, int64_t thread,
+                                            int64_t threads) {
     constexpr int PER = 16 / sizeof(T);
-    int64_t thread = (int64_t)blockIdx.x * THREADS + threadIdx.x, threads = (int64_t)gridDim.x * THREADS;
     int64_t head = (int64_t)((16 - (uintptr_t)bits % 16) % 16 / sizeof(T));
     if (head > n) head = n;
     int64_t vectors = (n - head) / PER, tail = head + vectors * PER;
@@ -28,6 +28,38 @@ __global__ void digest_kernel(const T* bits, int64_t n, uint64_t key, uint64_t k
     }
     if (thread < head) add(bits[thread], thread);
     if (thread < n - tail) add(bits[tail + thread], tail + thread);
+    return mine;
+}
+
+template <class T>
+__global__ void digest_kernel(const T* bits, int64_t n, uint64_t key, uint64_t k2, uint64_t* lanes) {
+    int64_t thread = (int64_t)blockIdx.x * THREADS + threadIdx.x, threads = (int64_t)gridDim.x * THREADS;
+    add_lanes(lanes, digest_run(bits, n, key, k2, thread, threads));
+}
+
+// Segments are dealt to thread blocks in turns. Few thread blocks go through all of them, so that the sums of few meet
+// in the lanes.
+__global__ void digest_pieces_kernel(const TreadlePiece* pieces, const int64_t* pointers, int64_t count,
+                                     int64_t segments, uint64_t* lanes) {
+    Lanes mine = {0, 0};
+    for (int64_t s = blockIdx.x; s < segments; s += gridDim.x) {
+        BlockOf block(pieces, count, s / SEGMENTS);
+        const TreadlePiece& piece = *block.piece;
+        int64_t start = block.start + s % SEGMENTS * SEGMENT, n = piece.n - start < SEGMENT ? piece.n - start : SEGMENT;
+        if (n <= 0) continue;
+        const char* at = (const char*)pointers[block.index] + start * piece.width;
+        uint64_t key = piece.k1 + (uint64_t)(piece.flat_offset + start) * PHI;
+        Lanes part = {0, 0};
+        int64_t thread = threadIdx.x;
+        switch (piece.width) {
+            case 1: part = digest_run((const int8_t*)at, n, key, piece.k2, thread, THREADS); break;
+            case 2: part = digest_run((const int16_t*)at, n, key, piece.k2, thread, THREADS); break;
+            case 4: part = digest_run((const int32_t*)at, n, key, piece.k2, thread, THREADS); break;
+            case 8: part = digest_run((const int64_t*)at, n, key, piece.k2, thread, THREADS); break;
+        }
+        mine.first += part.first;
+        mine.second += part.second;
+    }
     add_lanes(lanes, mine);
 }
 
@@ -88,10 +120,12 @@ __global__ void reduce_kernel(const int64_t* inputs, int64_t count, int64_t n, T
     }
 }
 
-// Enough thread blocks to fill any GPU, few enough that each has work.
+constexpr int64_t MOST_BLOCKS = 4096;  // enough to fill any GPU
+
+// Few enough thread blocks that each has work.
 unsigned grid_for(int64_t n) {
     int64_t blocks = (n + 16 * THREADS - 1) / (16 * THREADS);
-    return (unsigned)(blocks < 1 ? 1 : blocks > 4096 ? 4096 : blocks);
+    return (unsigned)(blocks < 1 ? 1 : blocks > MOST_BLOCKS ? MOST_BLOCKS : blocks);
 }
 
 }  // namespace
@@ -118,6 +152,14 @@ int treadle_digest(const void* bits, int64_t n, int64_t width, int64_t flat_offs
         case 8: TREADLE_LAUNCH(digest_kernel, grid_for(n), lane, (const int64_t*)bits, n, key, k2, lanes); break;
         default: return TREADLE_BAD_ARGUMENT;
     }
+    return launched();
+}
+
+int treadle_digest_pieces(const TreadlePiece* pieces, const int64_t* pointers, int64_t count, int64_t blocks,
+                          uint64_t* lanes, uint64_t lane) {
+    if (blocks == 0) return TREADLE_OK;
+    int64_t segments = blocks * SEGMENTS, grid = segments < MOST_BLOCKS ? segments : MOST_BLOCKS;
+    TREADLE_LAUNCH(digest_pieces_kernel, grid, lane, pieces, pointers, count, segments, lanes);
     return launched();
 }
 

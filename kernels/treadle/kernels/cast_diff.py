@@ -18,7 +18,8 @@ from torch import Tensor
 from treadle.kernels import native
 from treadle.kernels.digest import Partial, signed
 from treadle.kernels.digest import elements_digest_lanes_eager as lanes_at
-from treadle.kernels.layout import Layout, addresses, bit_words
+from treadle.kernels.layout import Layout, bit_words
+from treadle.kernels.native import addresses
 from treadle.kernels.registry import op, writes_only
 
 

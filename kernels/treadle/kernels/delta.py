@@ -188,7 +188,7 @@ def check_delta(delta: Delta, plan: Plan) -> Partial:
     places. Summed over all receivers of a model, that is `delta.digest` less `delta.base`.
 
     Raises `DeltaCorrupt` naming the first damaged block. Waits for the current stream."""
-    _, _, lanes, verdict = _checked(delta, plan)
+    lanes, verdict = _checked(_arguments(delta, plan), plan)
     _judge(delta, verdict)
     return _unsigned(lanes)
 
@@ -201,13 +201,25 @@ def apply_delta_(delta: Delta, plan: Plan, *, expected: Partial | None = None) -
     Raises `DeltaCorrupt` or `DeltaMismatch` before anything is written. Waits for the current stream."""
     if expected is None:
         expected = Partial(*((n - o) % _WORD for n, o in zip(delta.digest, delta.base, strict=True)))
-    delta, given, lanes, verdict = _checked(delta, plan)
+    given = _arguments(delta, plan)
+    lanes, verdict = _checked(given, plan)
     wanted = torch.tensor(signed_lanes(expected), dtype=torch.int64).to(plan.device)
     torch.ops.treadle.delta_apply_(*given, plan.destinations, lanes, wanted, verdict)
     _judge(delta, verdict)
 
 
-def _checked(delta: Delta, plan: Plan) -> tuple[Delta, tuple[Tensor, ...], Tensor, Tensor]:
+def write_delta_(delta: Delta, plan: Plan) -> None:
+    """Writes a delta into the plan's tensors without a look at them first: half the work of `apply_delta_`, for weights
+    that nobody uses yet, and that are digested afterwards.
+
+    Raises `DeltaCorrupt` for a damaged block; others may then be written. Waits for the current stream."""
+    lanes = torch.zeros(2, dtype=torch.int64, device=plan.device)
+    verdict = torch.tensor([NONE, 0], dtype=torch.int64).to(plan.device)
+    torch.ops.treadle.delta_apply_(*_arguments(delta, plan), plan.destinations, lanes, None, verdict)
+    _judge(delta, verdict)
+
+
+def _arguments(delta: Delta, plan: Plan) -> tuple[Tensor, ...]:
     if delta.layout.fingerprint != plan.layout.fingerprint:
         raise DeltaCorrupt(
             "delta: it was made for another layout than the plan; build both from the same tensors"
@@ -215,13 +227,15 @@ def _checked(delta: Delta, plan: Plan) -> tuple[Delta, tuple[Tensor, ...], Tenso
     delta = delta.to(plan.device)
     sizes = delta.blocks.to(torch.int64) & ((1 << 28) - 1)
     offsets = torch.cumsum(sizes, 0) - sizes
-    table = plan.layout.table_on(plan.device)
-    given = (table, delta.blocks, offsets, delta.payload, *plan.baked())
+    return (plan.layout.table_on(plan.device), delta.blocks, offsets, delta.payload, *plan.baked())
+
+
+def _checked(given: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, Tensor]:
     lanes = torch.zeros(2, dtype=torch.int64, device=plan.device)
     verdict = torch.tensor([NONE, 0], dtype=torch.int64).to(plan.device)
     if plan.layout.blocks:
         torch.ops.treadle.delta_check(*given, plan.destinations, lanes, verdict)
-    return delta, given, lanes, verdict
+    return lanes, verdict
 
 
 def _judge(delta: Delta, verdict: Tensor) -> None:

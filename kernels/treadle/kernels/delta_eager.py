@@ -11,8 +11,9 @@ from torch import Tensor
 
 from treadle.kernels import delta_codec as codec
 from treadle.kernels.cast_diff import unpacked_bits
+from treadle.kernels.digest import BLOCK
 from treadle.kernels.digest import elements_digest_lanes_eager as lanes_at
-from treadle.kernels.layout import BLOCK, INTEGERS
+from treadle.kernels.layout import INTEGERS
 
 NONE = (1 << 63) - 1
 """verdict[0] while no defect is known, else 4·block + CORRUPT, OUTSIDE or MISMATCH of the first defective block."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treadle.kernels import native
 from treadle.kernels.delta_eager import apply_eager, check_eager, encode_eager
-from treadle.kernels.layout import addresses
+from treadle.kernels.native import addresses
 from treadle.kernels.registry import op, writes_only
 
 

@@ -21,21 +21,26 @@ they load (on CUDA: enqueued on the current stream, which reading the result wai
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from treadle.kernels import native
+from treadle.kernels.native import addresses
 from treadle.kernels.registry import op
 
+BLOCK = 65536  # elements; what a thread takes at a time
+COLUMNS = 6  # of a table: elements, bytes per element, first block, k₁, k₂, flat offset
 _PHI = 0x9E3779B97F4A7C15
 _M1 = 0xBF58476D1CE4E5B9
 _M2 = 0x94D049BB133111EB
 _M3 = 0xD6E8FEB86659FD93
 _CHUNK = 1 << 15  # elements; four int64 buffers of this length stay in a core's L2 cache
 _WORD = 1 << 64
+_BATCH_BYTES = 1 << 28  # of tensors that are read from a file one by one, so many are in memory at a time
 
 _VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,9 +65,65 @@ class Partial(NamedTuple):
 def state_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The digest of a whole state as 32 hexadecimal digits. Names must be unique: every tensor counts once.
 
-    Example: `state_digest(model.state_dict().items())`.
+    Example: `state_digest(model.state_dict().items())`. See `tensors_digest`.
     """
-    return str(combine(partial_digest(name, 0, tensor) for name, tensor in tensors))
+    return str(tensors_digest(tensors))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> Partial:
+    """The part of a state that consists of these whole tensors: what `partial_digest` of each adds up to, in one call
+    for up to 256 MiB of them, so that a state of many small tensors costs no more than one of few large ones.
+
+    Tensors may have any shape, stride and device, and any dtype but complex (`TypeError`). They are read after further
+    ones were asked for: their memory may not be reused meanwhile."""
+    lanes = [_together(batch) for batch in _batches(tensors)]
+    return combine(_partial(pair) for pair in lanes)
+
+
+def _batches(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Neighbours on one device."""
+    batch: list[tuple[str, torch.Tensor]] = []
+    device, size = None, 0
+    for name, tensor in tensors:
+        if size >= _BATCH_BYTES or tensor.device != device:
+            if batch:
+                yield batch
+                batch.clear()  # whoever got it still refers to it
+            device, size = tensor.device, 0
+        batch.append((name, tensor))
+        size += tensor.nbytes
+    if batch:
+        yield batch
+
+
+def _together(named: Sequence[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    held = [t if t.is_contiguous() else t.detach().contiguous() for _, t in named]
+    device = held[0].device
+    key = tuple((name, t.dtype, t.numel(), 0) for (name, _), t in zip(named, held, strict=True))
+    table, blocks = _table_on(key, device)
+    with torch.no_grad():
+        lanes: torch.Tensor = torch.ops.treadle.digest_pieces(table, held, blocks)
+    return lanes
+
+
+@functools.lru_cache(maxsize=16)  # a process has few states, and asks for their digests again and again
+def _table_on(
+    pieces: tuple[tuple[str, torch.dtype, int, int], ...], device: torch.device
+) -> tuple[torch.Tensor, int]:
+    table, blocks = table_of(pieces)
+    return table.to(device), blocks
+
+
+def table_of(pieces: Iterable[tuple[str, torch.dtype, int, int]]) -> tuple[torch.Tensor, int]:
+    """The libraries' table [P, 6] int64 of pieces (name, dtype, elements, flat offset) and their number of blocks.
+    Raises `TypeError` for complex dtypes."""
+    rows, block = [], 0
+    for name, dtype, numel, flat_offset in pieces:
+        _check_dtype(dtype)
+        k1, k2 = keys(name, dtype)
+        rows.append((numel, dtype.itemsize, block, signed(k1), signed(k2), flat_offset))
+        block += -(-numel // BLOCK)
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS), block
 
 
 def partial_digest(name: str, flat_offset: int, tensor: torch.Tensor) -> Partial:
@@ -151,6 +212,29 @@ def _digest_op(bits: torch.Tensor, flat_offset: int, k1: int, k2: int) -> torch.
     return _lanes(_digest_eager(bits, flat_offset, k1, k2)).to(bits.device)
 
 
+def _two_lanes_of_pieces(table: torch.Tensor, *_: object) -> torch.Tensor:
+    return table.new_empty(2)
+
+
+@op("digest_pieces(Tensor table, Tensor[] tensors, int blocks) -> Tensor", fake=_two_lanes_of_pieces)
+def _digest_pieces_op(table: torch.Tensor, tensors: Sequence[torch.Tensor], blocks: int) -> torch.Tensor:
+    """Both lanes [2] int64 of P contiguous `tensors`, added up; `table` [P, 6] int64 of `table_of`, on their device."""
+    if library := native.library(table.device):
+        lanes = torch.zeros(2, dtype=torch.int64, device=table.device)
+        if blocks:
+            at = addresses(table.device, tensors)
+            library.call("digest_pieces", table, at, len(tensors), blocks, lanes, device=table.device)
+        return lanes
+    return digest_pieces_eager(table, tensors)
+
+
+def digest_pieces_eager(table: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The twin in torch operations, tensor by tensor."""
+    rows = zip(table.tolist(), tensors, strict=True)
+    parts = (_digest_eager(_bits(tensor), row[5], row[3], row[4]) for row, tensor in rows)
+    return _lanes(combine(parts)).to(table.device)
+
+
 @op(
     "digest_at(Tensor bits, Tensor index, int k1, int k2) -> Tensor",
     fake=_two_lanes,
@@ -210,10 +294,14 @@ def _multiply_fold(x: torch.Tensor, factor: int, shift: int, t: torch.Tensor) ->
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bit patterns [n] as signed integers of the element's width."""
+    _check_dtype(tensor.dtype)
     flat = tensor.detach().reshape(-1)
-    if flat.is_complex():
-        raise TypeError("digest: complex tensors are not supported; pass torch.view_as_real(tensor)")
     return flat.contiguous().view(_VIEWS[flat.element_size()])
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype.is_complex:
+        raise TypeError("digest: complex tensors are not supported; pass torch.view_as_real(tensor)")
 
 
 def keys(name: str, dtype: torch.dtype) -> tuple[int, int]:

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treadle.kernels.digest import keys, signed
+from treadle.kernels.digest import table_of
 
-BLOCK = 65536
-COLUMNS = 6  # of the table: elements, bytes per element, first block, k₁, k₂, flat offset
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -54,13 +52,9 @@ class Layout:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = tuple(pieces)
-        rows, block = [], 0
-        for piece in self.pieces:
-            k1, k2 = keys(piece.name, piece.dtype)
-            rows.append((piece.numel, piece.dtype.itemsize, block, signed(k1), signed(k2), piece.flat_offset))
-            block += -(-piece.numel // BLOCK)
-        self.blocks = block
-        self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS)
+        self.table, self.blocks = table_of(
+            (piece.name, piece.dtype, piece.numel, piece.flat_offset) for piece in self.pieces
+        )
         """[P, 6] int64 on the CPU, as the libraries read it."""
 
     @classmethod
@@ -100,15 +94,6 @@ class Layout:
                 raise ValueError(f"{what}: {piece.name} is not contiguous; pass tensor.contiguous()")
             if tensor.device != tensors[0].device:
                 raise ValueError(f"{what}: {piece.name} is on {tensor.device}, others on {tensors[0].device}")
-
-
-def addresses(device: torch.device, *columns: Sequence[Tensor]) -> Tensor:
-    """[n, len(columns)] int64 on `device`: the tensors' addresses, 0 for an empty column."""
-    count = max(map(len, columns))
-    filled = [[t.data_ptr() for t in column] if column else [0] * count for column in columns]
-    table = torch.tensor(filled, dtype=torch.int64).reshape(len(columns), count).t().contiguous()
-    # Pinned, the copy is ordered with the stream and does not wait for it.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def bit_words(numel: int) -> int:

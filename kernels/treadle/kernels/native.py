@@ -17,6 +17,7 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from treadle.kernels.errors import KernelError
 
-ABI = 1
+ABI = 2
 FOLDER = Path(__file__).parent
 SETTING = "TREADLE_KERNELS"
 
@@ -100,6 +101,15 @@ def _library(device_type: str) -> Library | None:
             stacklevel=3,
         )
         return None
+
+
+def addresses(device: torch.device, *columns: Sequence[Tensor]) -> Tensor:
+    """[n, len(columns)] int64 on `device`: the tensors' addresses, 0 for an empty column."""
+    count = max(map(len, columns))
+    filled = [[t.data_ptr() for t in column] if column else [0] * count for column in columns]
+    table = torch.tensor(filled, dtype=torch.int64).reshape(len(columns), count).t().contiguous()
+    # Pinned, the copy is ordered with the stream and does not wait for it.
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _converted(argument: Tensor | int | None) -> Any:

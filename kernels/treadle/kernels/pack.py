@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from treadle.kernels import native
-from treadle.kernels.layout import addresses
+from treadle.kernels.native import addresses
 from treadle.kernels.pack_eager import pack_eager, unpack_eager
 from treadle.kernels.registry import op, writes_only
 

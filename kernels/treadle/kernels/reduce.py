@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treadle.kernels import native
-from treadle.kernels.layout import addresses
+from treadle.kernels.native import addresses
 from treadle.kernels.registry import op, writes_only
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -242,7 +242,7 @@ def test_going_back_to_an_earlier_state_is_told_right() -> None:
         ("broadcast.in_transit=corrupt@2", [None, 1, 1], 1),
         ("broadcast.truncated=corrupt@2", [None, 1, 1], 1),
         ("broadcast.stale_base=corrupt@1", [None, 1, None], 1),
-        ("broadcast.lost_write=corrupt@1", [None, 1, 1, None], 2),
+        ("broadcast.lost_write=corrupt@1", [None, 1, None], 1),
     ],
     ids=["a bit flipped in transit", "a truncated chunk", "a stale base", "a failed write"],
 )

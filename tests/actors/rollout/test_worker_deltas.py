@@ -147,7 +147,7 @@ def test_every_damage_is_refused_and_the_version_in_use_stays(engine: str, folde
             for fault, error, standby_survives in (
                 ("broadcast.in_transit", BroadcastError, True),
                 ("broadcast.stale_base", StaleBaseError, False),
-                ("broadcast.lost_write", BroadcastError, False),
+                ("broadcast.lost_write", StaleBaseError, False),
             ):
                 before = await worker.logprobs(PROBE)
                 step += 1

@@ -6,6 +6,8 @@ an aligned offset, and never straddle two buckets; a tensor larger than `bucket_
 
 from __future__ import annotations
 
+import functools
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from treadle.kernels.digest import Partial, combine, partial_digest
+from treadle.kernels.digest import state_digest
 from treadle.platform.errors import BroadcastError
 from treadle.platform.records import TensorEntry, WeightManifest, WeightVersion
 
@@ -25,7 +27,8 @@ def pack(
 ) -> tuple[WeightManifest, list[NDArray[np.uint8]]]:
     """Copies every tensor once into buckets of at most `bucket_bytes` and returns them with their manifest.
 
-    A tensor is copied before the next one is asked for: a learner that gathers lazily may reuse its memory.
+    A tensor is copied before the next one is asked for: a learner that gathers lazily may reuse its memory. The digest
+    is that of the copies: of many small tensors, one call takes all.
     Raises `BroadcastError` when a name occurs twice or there is nothing to pack.
     """
     if bucket_bytes < 1:
@@ -34,9 +37,10 @@ def pack(
     for name, tensor in state:
         packer.add(name, tensor)
     buckets = packer.close()
+    entries = tuple(packer.entries.values())
     manifest = WeightManifest(
-        version=WeightVersion(step=step, digest=str(combine(packer.digests))),
-        tensors=tuple(packer.entries.values()),
+        version=WeightVersion(step=step, digest=state_digest(_views(entries, buckets, step))),
+        tensors=entries,
         bucket_bytes=tuple(len(bucket) for bucket in buckets),
         bucket_crc32=tuple(zlib.crc32(bucket.data) for bucket in buckets),
     )
@@ -48,7 +52,6 @@ class _Packer:
 
     def __init__(self, bucket_bytes: int) -> None:
         self.entries: dict[str, TensorEntry] = {}
-        self.digests: list[Partial] = []
         self._limit = bucket_bytes
         self._full: list[NDArray[np.uint8]] = []
         self._open = np.zeros(0, dtype=np.uint8)
@@ -72,7 +75,6 @@ class _Packer:
             offset_bytes=offset,
             size_bytes=size,
         )
-        self.digests.append(partial_digest(name, 0, raw))
 
     def close(self) -> list[NDArray[np.uint8]]:
         if not self.entries:
@@ -95,7 +97,9 @@ class _Packer:
 def check(manifest: WeightManifest, buckets: Sequence[NDArray[np.uint8]]) -> None:
     """Raises `BroadcastError` naming the bucket and its tensors when number, size or CRC-32 differ."""
     if len(buckets) != len(manifest.bucket_bytes):
-        raise _damaged(manifest, f"{len(buckets)} of {len(manifest.bucket_bytes)} buckets arrived")
+        raise _damaged(
+            manifest.version.step, f"{len(buckets)} of {len(manifest.bucket_bytes)} buckets arrived"
+        )
     for index, bucket in enumerate(buckets):
         if len(bucket) != manifest.bucket_bytes[index]:
             found = f"has {len(bucket)} bytes instead of {manifest.bucket_bytes[index]}"
@@ -103,7 +107,7 @@ def check(manifest: WeightManifest, buckets: Sequence[NDArray[np.uint8]]) -> Non
             found = "fails its CRC-32"
         else:
             continue
-        raise _damaged(manifest, f"bucket {index} ({_tensors_of(manifest, index)}) {found}")
+        raise _damaged(manifest.version.step, f"bucket {index} ({_tensors_of(manifest, index)}) {found}")
 
 
 def unpack(
@@ -113,18 +117,38 @@ def unpack(
 
     Buckets out of a shared-memory store are read-only; torch knows no read-only tensor, writing would crash.
     """
-    # A tensor per bucket, and slices of it: a model of many small tensors costs microseconds for each.
+    return _views(manifest.tensors, buckets, manifest.version.step)
+
+
+def _views(
+    entries: Iterable[TensorEntry], buckets: Sequence[NDArray[np.uint8]], step: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    # A tensor per bucket and dtype, and views of it: a model of many small tensors costs microseconds for each.
     wholes = [torch.from_numpy(np.asarray(_Window(bucket))) if len(bucket) else None for bucket in buckets]
-    for entry in manifest.tensors:
-        end = entry.offset_bytes + entry.size_bytes
+    typed: dict[tuple[int, str], torch.Tensor] = {}
+    for entry in entries:
         dtype: torch.dtype = getattr(torch, entry.dtype)
-        if end > len(buckets[entry.bucket]):
-            raise _damaged(manifest, f"tensor {entry.name} reaches beyond bucket {entry.bucket}")
         whole = wholes[entry.bucket]
+        width = dtype.itemsize
+        if not (
+            math.prod(entry.shape) * width == entry.size_bytes
+            and entry.offset_bytes % width == 0
+            and entry.offset_bytes + entry.size_bytes <= len(buckets[entry.bucket])
+        ):
+            raise _damaged(step, f"tensor {entry.name} reaches beyond bucket {entry.bucket}")
         if whole is None or not entry.size_bytes:
             yield entry.name, torch.empty(entry.shape, dtype=dtype)
-        else:
-            yield entry.name, whole[entry.offset_bytes : end].view(dtype).view(entry.shape)
+            continue
+        if (key := (entry.bucket, entry.dtype)) not in typed:
+            typed[key] = whole[: len(whole) // width * width].view(dtype)
+        steps = _steps(tuple(entry.shape))
+        yield entry.name, typed[key].as_strided(entry.shape, steps, entry.offset_bytes // width)
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return torch.empty(shape, device="meta").stride()
 
 
 class _Window:
@@ -142,8 +166,8 @@ def _tensors_of(manifest: WeightManifest, bucket: int) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def _damaged(manifest: WeightManifest, what: str) -> BroadcastError:
+def _damaged(step: int, what: str) -> BroadcastError:
     return BroadcastError(
-        f"broadcast.check: version {manifest.version.step}: {what}.",
+        f"broadcast.check: version {step}: {what}.",
         "Fetch the version again; if it stays damaged, check the node's memory and network.",
     )

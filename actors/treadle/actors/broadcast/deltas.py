@@ -44,7 +44,7 @@ _CLASSES = (
 
 
 class StaleBaseError(BroadcastError):
-    """The weights that a delta starts from are not there: only the dense version helps."""
+    """The weights that a delta starts from are not there, or no longer: only the dense version helps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 A dense version is what was fetched, as it lies (in shared memory, if that is how it came). The first delta copies it
 into memory of this process; from then on deltas are written into that copy in one call, and its digest is computed
-anew from all of its bytes before and afterwards. Nothing here touches the weights in use; what goes wrong costs the
-copy at most, and then the next version must come whole.
+anew from all of its bytes afterwards. That one look finds both a base that was damaged since it was looked at last and
+a write that failed: either leaves other bits than the new version's. Nothing here touches the weights in use; what goes
+wrong costs the copy at most, and then the next version must come whole.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 
 from treadle.actors.broadcast.buckets import unpack
 from treadle.actors.broadcast.deltas import Buckets, StaleBaseError, decoded, refused
-from treadle.kernels.delta import apply_delta_
+from treadle.kernels.delta import write_delta_
 from treadle.kernels.digest import state_digest
-from treadle.kernels.errors import DeltaCorrupt, DeltaMismatch
+from treadle.kernels.errors import DeltaCorrupt
 from treadle.kernels.layout import Layout
 from treadle.kernels.plan import Plan
 from treadle.platform.failpoints import failpoint
@@ -45,8 +46,8 @@ class Standby:
     def put(self, manifest: WeightManifest, buckets: Buckets) -> str:
         """Takes over a version; returns the digest of what is held then.
 
-        Raises `StaleBaseError` for a delta from other weights than these, and `BroadcastError` for one that is
-        damaged, or that was not written as it should have been.
+        Raises `StaleBaseError` for a delta from other weights than these, and for one after which they are not what
+        they should be; `BroadcastError` for one that is damaged.
         """
         if manifest.base is not None:
             return self._put_delta(manifest, manifest.base, buckets)
@@ -74,12 +75,11 @@ class Standby:
             # Staged before by a call whose answer was lost, or a step that changed nothing.
             self._version = manifest.version
             return state_digest(self.tensors())
-        plan = self._checked_base(manifest, base)
+        plan = self._base(manifest, base)
+        delta = decoded(plan.layout, manifest, buckets)
         try:
-            apply_delta_(decoded(plan.layout, manifest, buckets), plan)
+            write_delta_(delta, plan)
         except DeltaCorrupt as error:
-            raise refused(manifest, str(error)) from error
-        except DeltaMismatch as error:
             self.drop()
             raise StaleBaseError(*refused(manifest, str(error)).args) from error
         if failpoint("broadcast.lost_write"):
@@ -87,12 +87,16 @@ class Standby:
         digest = state_digest(self.tensors())
         if digest != manifest.version.digest:
             self.drop()
-            raise refused(manifest, f"was written with digest {digest} instead of {manifest.version.digest}")
+            raise StaleBaseError(
+                f"broadcast.stage: version {manifest.version.step} has digest {digest} instead of "
+                f"{manifest.version.digest} when written onto version {base.step}: its base or a write is damaged.",
+                "Fetch the version dense; if it happens again, check the node's memory.",
+            )
         self._version = manifest.version
         return digest
 
-    def _checked_base(self, manifest: WeightManifest, base: WeightVersion) -> Plan:
-        """The plan into a copy of this process whose digest is the base's."""
+    def _base(self, manifest: WeightManifest, base: WeightVersion) -> Plan:
+        """The plan into this process's own copy of the base."""
         held = "nothing" if self._version is None else f"version {self._version.step}, {self._version.digest}"
         if self._version is None or self._version.digest != base.digest:
             raise StaleBaseError(
@@ -103,13 +107,6 @@ class Standby:
         plan = self._private()
         if failpoint("broadcast.stale_base"):
             self._flip_one_bit()
-        digest = state_digest(self.tensors())
-        if digest != base.digest:
-            self.drop()
-            raise StaleBaseError(
-                f"broadcast.stage: the base of version {manifest.version.step} is {held}, and has digest {digest}.",
-                "Fetch the version dense; if it happens again, check the node's memory.",
-            )
         return plan
 
     def _private(self) -> Plan:
