@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test unit lint oracle bench bench-verify bench-weights chaos soak verify-hostile reproduce-demo clean
+.PHONY: help demo test unit lint oracle bench bench-verify bench-weights gpu-proof chaos soak verify-hostile reproduce-demo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -80,8 +80,12 @@ bench-weights: $(VENV)/.dev ## Weights: size and speed of deltas, chains over sl
 	$(BIN)/python -m tests.benchmarks.bench_kernels
 	$(BIN)/python -m tests.benchmarks.bench_weights
 
+gpu-proof: PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu-proof: ## Every kernel on this machine's GPU, with PYTHON's torch; writes gpu-proof.json (at most 8 minutes)
+	PYTHONPATH=kernels $(PYTHON) -m tests.benchmarks.gpu_proof
+
 reproduce-demo: $(VENV)/.core ## The demo with three seeds, and with shuffled rewards (a quarter of an hour)
 	$(BIN)/python -m tests.benchmarks.reproduce_demo
 
 clean: ## Remove the environment and all runs
-	rm -rf $(VENV) runs bench.json chaos.json soak.json kernels/treadle/kernels/*.so
+	rm -rf $(VENV) runs bench.json gpu-proof.json chaos.json soak.json kernels/treadle/kernels/*.so
