@@ -134,3 +134,12 @@ TREADLE_API int treadle_scatter_rows(const uint8_t* rows, int64_t row_bytes, con
 // row_of < 0. weights may be null, and are 1 then. Elements are of `kind` as in treadle_reduce.
 TREADLE_API int treadle_combine_rows(const void* rows, int64_t kind, const int32_t* row_of, const float* weights,
                                      int64_t tokens, int64_t k, int64_t width, void* out, uint64_t lane);
+
+// out[m][n] = a[m][k] · b[k][n] with fp32 accumulators, all of `kind` as in treadle_reduce, row by row. Rows of a may
+// still be arriving: those of chunk c, `chunk_rows` of them, are read once ready[c] has reached `epoch` (their distance
+// as a signed 32-bit number is not negative), in any order of the chunks. When a chunk has not arrived `deadline_us`
+// after the call, verdict[0] becomes the first such chunk and the call gives up; INT64_MAX, which the caller puts there,
+// means that all came. CUDA: kinds 1 and 2, k and n multiples of 8, a and b aligned to 16 bytes.
+TREADLE_API int treadle_streamed_mm(const void* a, const void* b, void* out, int64_t m, int64_t n, int64_t k,
+                                    int64_t kind, const uint32_t* ready, int64_t chunk_rows, int64_t epoch,
+                                    int64_t deadline_us, int64_t* verdict, uint64_t lane);

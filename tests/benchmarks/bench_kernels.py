@@ -11,6 +11,7 @@ to many small tensors is a dense copy of each.
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from tests.benchmarks.bench_rows import Row, append_rows, compared, table
+from tests.benchmarks.throttled import Link
 from tests.kernels.test_delta import adam_like, entropy_bound_bytes
 
 from treadle.kernels.cast_diff import CastDiff
@@ -25,6 +27,7 @@ from treadle.kernels.delta import Delta, apply_delta_, check_delta, encode_delta
 from treadle.kernels.digest import Partial, partial_digest, partial_digest_eager
 from treadle.kernels.layout import Layout
 from treadle.kernels.plan import Plan
+from treadle.kernels.streamed_mm import streamed_mm
 
 DENSITIES = (0.017, 0.04, 0.11, 0.24)
 NOTHING = {"base": Partial(0, 0), "digest": Partial(0, 0)}
@@ -163,6 +166,83 @@ def applying(rounds: int) -> Row:
     )
 
 
+class Arrival:
+    """Rows of `a` over a link, chunk by chunk, from a thread; a copy engine's part is played by a sleeping sender."""
+
+    CHUNKS = 32
+
+    def __init__(self, side: int) -> None:
+        self.whole, self.b = (torch.randn(side, side) for _ in range(2))
+        self.a, self.out = torch.empty_like(self.whole), torch.empty_like(self.whole)
+        self.ready = torch.zeros(self.CHUNKS, dtype=torch.int32)
+        self.rows, self.epoch, self.bytes_per_s = side // self.CHUNKS, 0, 0.0
+
+    def send(self) -> None:
+        link = Link(self.bytes_per_s)
+        for c in range(self.CHUNKS):
+            rows = slice(c * self.rows, (c + 1) * self.rows)
+            link(self.whole[rows].nbytes)
+            self.a[rows] = self.whole[rows]
+            self.ready[c] = self.epoch
+
+    def multiply(self) -> None:
+        streamed_mm(
+            self.a,
+            self.b,
+            self.ready,
+            epoch=self.epoch,
+            chunk_rows=self.rows,
+            deadline_s=60,
+            out=self.out,
+        )
+
+    def together(self) -> None:
+        self.epoch += 1
+        sender = threading.Thread(target=self.send)
+        sender.start()
+        self.multiply()
+        sender.join()
+
+    def in_turns(self) -> None:
+        self.epoch += 1
+        self.send()
+        self.multiply()
+
+    def then_torch(self) -> None:
+        self.send()
+        torch.mm(self.a, self.b, out=self.out)
+
+
+def overlapping(side: int, rounds: int) -> list[Row]:
+    """A product of rows that come over a link, which takes as long as the product.
+    E = (t_c + t_m − t_o) / min(t_c, t_m), 1 when the shorter side is hidden."""
+    given = Arrival(side)
+    compute, torchs = turns(given.multiply, lambda: torch.mm(given.a, given.b, out=given.out), rounds)
+    given.bytes_per_s = given.whole.nbytes / (1e-3 * compute)
+    together, in_turns = turns(given.together, given.in_turns, rounds)
+    copies, rival = turns(given.send, given.then_torch, rounds)
+    hidden, control = ((compute + copies - both) / min(compute, copies) for both in (together, in_turns))
+    detail = (
+        f"{side} × {side} fp32; product alone {compute:.1f} ms, torch's {torchs:.1f} ms, the link {copies:.1f} ms; "
+        f"overlap {hidden:.2f}, in turns it reads {control:.2f}; {torch.get_num_threads()} threads"
+    )
+    unit = "ms (ratio below 1: faster)"
+    return [
+        compared(
+            "streamed_mm against its rows' copy and then itself",
+            *(together, in_turns, unit),
+            command=COMMAND,
+            detail=detail,
+        ),
+        compared(
+            "streamed_mm against its rows' copy and then torch.mm",
+            *(together, rival, unit),
+            command=COMMAND,
+            detail=detail,
+        ),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer turns")
@@ -170,8 +250,11 @@ def main() -> None:
     given = parser.parse_args()
     numel, rounds = (4_000_000, 3) if given.quick else (32_000_000, 9)
     rows = [*sizes(numel // 4), *speeds(numel, rounds), applying(rounds)]
+    rows += overlapping(256 if given.quick else 1024, rounds)
     append_rows(given.out, rows)
     print(table([asdict(row) for row in rows]))
+    for row in rows[-2:]:
+        print(f"{row.name}: {row.detail}")
 
 
 if __name__ == "__main__":

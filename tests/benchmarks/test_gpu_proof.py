@@ -133,6 +133,21 @@ def test_overlap_is_the_hidden_share_of_the_shorter_side() -> None:
     assert "IT MUST BE ABOUT 0" in fooled.line(0.95)
 
 
+def test_an_overlap_with_wrong_results_counts_for_nothing() -> None:
+    given = Overlap(
+        name="x",
+        compute_ms=10,
+        copies_ms=20,
+        together_ms=20,
+        in_turns_ms=30,
+        rival_ms=25,
+        right=False,
+    )
+    assert not given.controlled
+    assert "BUT RESULTS ARE WRONG" in given.line(0.95)
+    assert "then torch's product 25.00 ms" in given.line(0.95)
+
+
 def test_a_driver_that_cannot_be_asked_is_unknown() -> None:
     assert said("no-such-program-here") == "unknown"
     assert said(sys.executable, "-c", "print('580.95'); print('more')") == "580.95"

@@ -19,6 +19,7 @@ from treadle.kernels.layout import Layout
 from treadle.kernels.pack import Packing
 from treadle.kernels.plan import Plan
 from treadle.kernels.reduce import hierarchical_reduce
+from treadle.kernels.streamed_mm import streamed_mm
 
 _malloc = ctypes.CDLL(None).malloc
 _malloc.restype, _malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -94,10 +95,23 @@ def packers() -> None:
         hierarchical_reduce([exact(torch.randn(2049).to(dtype)) for _ in range(3)])
 
 
+def products() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for m, n, k in ((1, 1, 1), (7, 33, 5), (9, 65, 130)):
+            a, b = (
+                exact(torch.randn(m * k).to(dtype)).view(m, k),
+                exact(torch.randn(k * n).to(dtype)).view(k, n),
+            )
+            ready = exact(torch.ones(-(-m // 3), dtype=torch.int32))
+            out = exact(torch.zeros(m * n, dtype=dtype)).view(m, n)
+            streamed_mm(a, b, ready, epoch=1, chunk_rows=3, deadline_s=20, out=out)
+
+
 def main() -> None:
     path = native.library(torch.device("cpu"))
     assert path is not None, "the sanitized library is not the one that computes"
     encoders()
     decoders()
     packers()
+    products()
     print("all blocks went through")

@@ -27,6 +27,7 @@ from treadle.kernels.layout import Layout
 from treadle.kernels.moe import route
 from treadle.kernels.pack import Packing
 from treadle.kernels.plan import Plan
+from treadle.kernels.streamed_mm import ALL_CAME
 
 ROOT = Path(__file__).parents[2]
 EXPORTED = {
@@ -45,6 +46,7 @@ EXPORTED = {
     "treadle_ready",
     "treadle_reduce",
     "treadle_scatter_rows",
+    "treadle_streamed_mm",
     "treadle_unpack",
 }
 CPU_BYTES, CUDA_BYTES = 250_000, 1_500_000
@@ -253,7 +255,9 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     routing = route(torch.randint(0, 4, (10, 2)), experts=4)
     rows, tokens = torch.zeros(routing.rows, 8), torch.zeros(10, 8)
     choices = (routing.row_of, routing.expert_of, routing.counts)
+    left, right, product = torch.randn(6, 8), torch.randn(8, 4), torch.zeros(6, 4)
     return {
+        "streamed_mm_": (left, right, torch.ones(2).int(), 1, 3, 10**6, product, torch.tensor([ALL_CAME])),
         "scatter_rows_": (tokens, *choices, 1, rows, torch.zeros(4, dtype=torch.int32)),
         "combine_rows_": (rows, routing.row_of, torch.ones(10, 2), tokens),
         "pack_": (*tiles, packing.expected, flags, packing.chunk_bytes, 1),

@@ -177,13 +177,13 @@ int64_t cast_diff(const float* master, uint16_t* param, int64_t n, uint32_t* dir
     return count;
 }
 
-constexpr int64_t PANEL = 2048;  // accumulators that stay in a core's first cache
+constexpr int64_t SUMS = 2048;  // accumulators that stay in a core's first cache
 
 template <class T, int KIND>
 void reduce_of(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, void* out) {
-    float sums[PANEL];
-    for (int64_t start = begin; start < end; start += PANEL) {
-        int64_t n = end - start < PANEL ? end - start : PANEL;
+    float sums[SUMS];
+    for (int64_t start = begin; start < end; start += SUMS) {
+        int64_t n = end - start < SUMS ? end - start : SUMS;
         const T* first = (const T*)inputs[0] + start;
         for (int64_t i = 0; i < n; ++i) sums[i] = widen<T, KIND>(first[i]);
         for (int64_t k = 1; k < count; ++k) {
@@ -202,9 +202,10 @@ void reduce(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, in
 }
 
 #include "encode_block.h"
+#include "multiply.h"
 
 }  // namespace
 
-extern const Loops TREADLE_LOOPS = {digest, digest_at, cast_diff, reduce, encode_block};
+extern const Loops TREADLE_LOOPS = {digest, digest_at, cast_diff, reduce, multiply, encode_block};
 
 }  // namespace treadle

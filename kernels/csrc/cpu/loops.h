@@ -13,6 +13,8 @@ struct Keys {
     uint64_t key, k2;
 };
 
+constexpr int64_t PANEL = 32, ROWS_AT_ONCE = 4;
+
 struct Loops {
     void (*digest)(const void* bits, int64_t n, int width, Keys keys, uint64_t* lanes);
     // Element i is at flat index index[i]; `keys.key` is k₁.
@@ -22,6 +24,10 @@ struct Loops {
                          uint64_t* lanes);
     // Elements [begin, end) of treadle_reduce.
     void (*reduce)(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, int kind, void* out);
+    // out[rows][0 … cols) of treadle_streamed_mm, its rows n elements apart, from a[rows][k] and `panels` of b in fp32:
+    // k × PANEL numbers each, zero beyond cols. `scratch` holds ROWS_AT_ONCE · k floats.
+    void (*multiply)(const void* a, int64_t rows, int64_t k, int kind, const float* panels, int64_t cols, void* out,
+                     int64_t n, float* scratch);
     // Appends a block to the encoder's bytes and returns its entry in the table. In dirty mode the block's bitmap
     // lies in the encoder.
     uint32_t (*encode_block)(Encoder& e, const Source& s, bool steps);

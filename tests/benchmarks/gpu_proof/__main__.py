@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tests.benchmarks.bench_rows import table
 from tests.benchmarks.gpu_proof import works
-from tests.benchmarks.gpu_proof.overlap import Overlap, overlap_of_pack
+from tests.benchmarks.gpu_proof.overlap import Overlap, overlap_of_pack, overlap_of_product
 from tests.benchmarks.gpu_proof.proof import Case, Ceilings, ceilings, judged, timed_ms
 
 from treadle.kernels import native
@@ -40,6 +40,7 @@ CASES = (
     Case(name="delta_apply", prepare=works.delta_apply, goal=0.5),
     Case(name="reduce, 4 x bf16", prepare=works.reduce),
     Case(name="moe, there and back", prepare=works.moe),
+    Case(name="streamed_mm, all rows there", prepare=works.streamed_mm),
 )
 OVERLAP_GOAL = 0.95
 SEED = 20_261_123
@@ -120,10 +121,11 @@ def said(*command: str) -> str:
 
 
 def overlaps(device: torch.device, *, quick: bool) -> list[Overlap]:
-    """Of pack with copies to the host; none without a GPU."""
+    """Of pack with copies to the host, and of the product with copies from there; none without a GPU."""
     if device.type != "cuda":
         return []
-    return [overlap_of_pack(device, 1 << 24 if quick else 1 << 28)]
+    side = 1024 if quick else 8192
+    return [overlap_of_pack(device, 1 << 24 if quick else 1 << 28), overlap_of_product(device, side)]
 
 
 def written(

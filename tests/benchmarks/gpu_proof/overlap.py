@@ -15,6 +15,7 @@ from tests.benchmarks.gpu_proof.proof import median_ms
 from tests.benchmarks.gpu_proof.works import drawn
 
 from treadle.kernels.pack import Packing
+from treadle.kernels.streamed_mm import ALL_CAME
 
 SLICES = 16
 ROUNDS = 20
@@ -30,6 +31,10 @@ class Overlap:
     copies_ms: float
     together_ms: float
     in_turns_ms: float
+    rival_ms: float = 0.0
+    """Copies and then torch's own product; 0 where there is no such thing."""
+    right: bool = True
+    """Whether results were those of turns, and a consumer without flags was found to read too early."""
 
     @property
     def share(self) -> float:
@@ -38,15 +43,22 @@ class Overlap:
 
     @property
     def controlled(self) -> bool:
-        """Whether forced turns read as no overlap."""
-        return self._hidden(self.in_turns_ms) <= _NOTHING
+        """Whether forced turns read as no overlap, and results are right where they must be, and only there."""
+        return self.right and self._hidden(self.in_turns_ms) <= _NOTHING
 
     def line(self, goal: float) -> str:
         met = "met" if self.share >= goal else "not met"
-        control = "as it must" if self.controlled else "IT MUST BE ABOUT 0"
+        control = (
+            "as it must"
+            if self.controlled
+            else "IT MUST BE ABOUT 0"
+            if self.right
+            else "BUT RESULTS ARE WRONG"
+        )
+        rival = f", copies and then torch's product {self.rival_ms:.2f} ms" if self.rival_ms else ""
         return (
             f"overlap, {self.name}: {self.share:.3f} (goal {goal:g}, {met}); alone {self.compute_ms:.2f} and "
-            f"{self.copies_ms:.2f} ms, together {self.together_ms:.2f} ms; in turns it reads "
+            f"{self.copies_ms:.2f} ms, together {self.together_ms:.2f} ms{rival}; in turns it reads "
             f"{self._hidden(self.in_turns_ms):.3f}, {control}"
         )
 
@@ -103,3 +115,87 @@ def _pipelined(
             copied.append(torch.cuda.Event())
             copied[-1].record(side)
     main.wait_event(copied[-1])
+
+
+class _Stream:
+    """Rows of `a` from pinned memory in `CHUNKS` chunks, and the product that waits for them."""
+
+    CHUNKS = 32
+
+    def __init__(self, device: torch.device, side: int) -> None:
+        inner = side // 2
+        self.host = torch.randint(-8, 9, (side, inner)).bfloat16().pin_memory()
+        self.a = torch.empty(side, inner, dtype=torch.bfloat16, device=device)
+        self.b = torch.randint(-8, 9, (inner, side), device=device).bfloat16()
+        self.out = torch.empty(side, side, dtype=torch.bfloat16, device=device)
+        self.ready = torch.zeros(self.CHUNKS, dtype=torch.int32, device=device)
+        self.verdict = torch.tensor([ALL_CAME]).to(device)
+        self.rows = side // self.CHUNKS
+        self.epoch = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.side = torch.cuda.Stream()
+
+    def advance(self) -> None:
+        """To the next epoch, when nobody reads the pinned one any more."""
+        torch.cuda.synchronize()
+        self.epoch += 1
+
+    def copy(self) -> None:
+        """On the current stream; flags come from pinned memory too, so that no kernel is needed to write them."""
+        for c in range(self.CHUNKS):
+            rows = slice(c * self.rows, (c + 1) * self.rows)
+            self.a[rows].copy_(self.host[rows], non_blocking=True)
+            self.ready[c : c + 1].copy_(self.epoch, non_blocking=True)
+
+    def multiply(self) -> None:
+        given = (self.a, self.b, self.ready, int(self.epoch), self.rows, 10**7, self.out, self.verdict)
+        torch.ops.treadle.streamed_mm_(*given)
+
+    def together(self, *, turns: bool = False) -> None:
+        """The product is enqueued before the copies that it waits for, unless in turns. After `advance`."""
+        start = torch.cuda.Event()
+        start.record()
+        self.side.wait_event(start)
+        if not turns:
+            self.multiply()
+        with torch.cuda.stream(self.side):
+            self.copy()
+        if turns:
+            torch.cuda.current_stream().wait_stream(self.side)
+            self.multiply()
+
+    def poisoned(self, *, flags: bool) -> torch.Tensor:
+        """The product while rows arrive over NaNs; without flags every row counts as there from the start."""
+        self.advance()
+        self.a.fill_(torch.nan)
+        if not flags:
+            self.ready.fill_(int(self.epoch))
+        self.together()
+        torch.cuda.synchronize()
+        return self.out.clone()
+
+
+def overlap_of_product(device: torch.device, side: int) -> Overlap:
+    """Rows over the link from pinned memory, and a product of [side, side / 2] and [side / 2, side] meanwhile."""
+    stream = _Stream(device, side)
+    stream.advance()
+    stream.together(turns=True)
+    torch.cuda.synchronize()
+    wanted = stream.out.clone()
+    right = torch.equal(stream.poisoned(flags=True), wanted)
+    caught = bool(stream.poisoned(flags=False).isnan().any())
+
+    def rival() -> None:
+        stream.copy()
+        torch.mm(stream.a, stream.b, out=stream.out)
+
+    return Overlap(
+        name="product and copies from the host",
+        compute_ms=median_ms(stream.multiply, device, rounds=ROUNDS),
+        copies_ms=median_ms(stream.copy, device, rounds=ROUNDS),
+        together_ms=median_ms(stream.together, device, rounds=ROUNDS, before=stream.advance),
+        in_turns_ms=median_ms(
+            lambda: stream.together(turns=True), device, rounds=ROUNDS, before=stream.advance
+        ),
+        rival_ms=median_ms(rival, device, rounds=ROUNDS),
+        right=right and caught,
+    )

@@ -22,6 +22,7 @@ from treadle.kernels.pack import Form, Packing
 from treadle.kernels.pack_eager import pack_eager, unpack_eager
 from treadle.kernels.plan import Plan
 from treadle.kernels.reduce import reduce_eager
+from treadle.kernels.streamed_mm import ALL_CAME, streamed_mm_eager
 
 POISON = 0xA5
 DENSITY = 0.017  # of changes, as Adam makes them at a learning rate of 1e-6
@@ -295,4 +296,30 @@ def moe(n: int, seed: int, device: torch.device) -> Work:
         outputs=lambda: [out],
         twin=twin,
         moved_bytes=2 * tokens * HIDDEN * (3 * choices + 1),
+    )
+
+
+def streamed_mm(n: int, seed: int, device: torch.device) -> Work:
+    """A product of whole numbers (element 0 is 1.5), whose sums are exact in any order, with all rows there."""
+    rows, inner, cols = max(2, n // HIDDEN), 512, 256
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-8, 9, shape, generator=g).bfloat16() for shape in ((rows, inner), (inner, cols)))
+    a[0, 0], b[0, 0] = 1.5, 1.0
+    out = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
+    ready = torch.ones(-(-rows // 64), dtype=torch.int32, device=device)
+    verdict = torch.tensor([ALL_CAME]).to(device)
+    held = (a.to(device, copy=True), b.to(device, copy=True), ready, 1, 64, 10**7, out, verdict)
+
+    def twin(given: list[Tensor]) -> Sequence[Tensor]:
+        mine, flags = torch.empty(rows, cols, dtype=torch.bfloat16), ready.cpu()
+        streamed_mm_eager(given[0], given[1], flags, 1, 64, 10**7, mine, torch.tensor([ALL_CAME]))
+        return [mine]
+
+    return Work(
+        inputs=[a, b],
+        reset=lambda: poison(out),
+        run=lambda: torch.ops.treadle.streamed_mm_(*held),
+        outputs=lambda: [out],
+        twin=twin,
+        moved_bytes=2 * (rows * inner + inner * cols + rows * cols),
     )
