@@ -5,7 +5,7 @@
 Eight receivers are processes behind links of 20 MB/s each way, so that two cores are not the limit. Against the time
 that one link needs for all bytes; against a source that sends everything to everybody over its one link; with one link
 ten times slower than the others; with a relay that is killed while it passes chunks on. Whoever finishes holds the
-learner's digest, or the benchmark fails.
+learner's digest, or the benchmark fails. The naive way is measured twice: over plain sockets, and as Ray objects.
 
 The updates are those of a short training of a small model: density and size of the deltas in bf16 and in fp32.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tests.benchmarks import ray_naive
 from tests.benchmarks.bench_kernels import EXPERTS, turns
 from tests.benchmarks.bench_rows import Row, append_rows, compared, table
 from tests.benchmarks.throttled import SOURCE, Finish, Link, Receivers, alone
@@ -115,6 +116,7 @@ def chains(megabytes: int, rounds: int) -> list[Row]:
     def row(name: str, ours: float, theirs: float, unit: str, more: str = "") -> Row:
         return compared(name, ours, theirs, unit, command=COMMAND, detail=f"{detail}{more}")
 
+    by_ray_s = ray_naive.seconds(megabytes, RECEIVERS, BYTES_PER_S)
     return [
         row(
             "publish by chains, against one link's time for all bytes",
@@ -123,6 +125,7 @@ def chains(megabytes: int, rounds: int) -> list[Row]:
             "s (goal: at most 1.25)",
         ),
         row("everything to everybody, against chains", alone_s, everybody, "s (goal: at least 6)"),
+        row("Ray's put and get for everybody, against chains", by_ray_s, everybody, "s (goal: at least 6)"),
         row(
             "others beside a link ten times slower, against eight even ones",
             without,
