@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.platform.faulty_mlflow import free_port, mlflow_server
 
 from treadle.platform.errors import StorageError
 from treadle.platform.tracking import RolloutRow, RunTracker, TrackingConfig, sync, unsent
@@ -174,50 +171,6 @@ def test_a_rollouts_file_that_was_tidied_up_does_not_stop_the_feed(tmp_path: Pat
     assert len(client.search_traces(locations=[state.experiment_id], run_id=state.stage_run_ids["grpo"])) == 2
 
 
-@contextlib.contextmanager
-def _server(folder: Path, port: int) -> Iterator[str]:
-    """A real tracking server, ended with its worker processes."""
-    log = (folder / "server.log").open("ab")
-    command = (
-        f"{sys.executable} -P -m mlflow server --host 127.0.0.1 --port {port} --workers 1 "
-        f"--backend-store-uri sqlite:///{folder / 'server.db'} --default-artifact-root {folder / 'artifacts'}"
-    )
-    process = subprocess.Popen(
-        command.split(),
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        cwd=folder,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _await_health(uri, process)
-        yield uri
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-        log.close()
-
-
-def _await_health(uri: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended"
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
-            if answer.status == 200:
-                return
-        time.sleep(0.5)
-    raise AssertionError("the server did not come up")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _await_sent(folder: Path, lines: int, deadline_s: float = 120) -> None:
     deadline = time.monotonic() + deadline_s
     while time.monotonic() < deadline:
@@ -229,11 +182,11 @@ def _await_sent(folder: Path, lines: int, deadline_s: float = 120) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_server_that_is_stopped_in_the_middle_gets_every_step(tmp_path: Path) -> None:
-    folder, port = tmp_path / "run", _free_port()
+    folder, port = tmp_path / "run", free_port()
     config = TrackingConfig(
         mlflow=f"http://127.0.0.1:{port}", experiment="tests", rollouts_every=10, drain_s=150
     )
-    with _server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         run = RunTracker(folder, config, name="demo", settings=SETTINGS, json_mode=True)
         stage = run.stage("grpo", total_steps=60)
         for step in range(20):
@@ -249,7 +202,7 @@ def test_a_server_that_is_stopped_in_the_middle_gets_every_step(tmp_path: Path) 
         time.sleep(0.05)
     assert slowest < 0.5
     assert unsent(folder).lines >= 20
-    with _server(tmp_path, port) as uri:
+    with mlflow_server(tmp_path, port) as uri:
         for step in range(40, 60):
             stage.log(step, {"reward/mean": 0.3})
             stage.rollouts(step, [_rollout(0)])
@@ -272,8 +225,8 @@ def test_a_server_that_hangs_costs_the_run_its_drain_time_and_no_more(tmp_path: 
         began = time.monotonic()
         run.close(timeout_s=3)
         assert time.monotonic() - began < 12
-    assert run.feed is not None
-    assert not Path(f"/proc/{run.feed.pid}").exists()
+    assert run.mlflow is not None
+    assert not Path(f"/proc/{run.mlflow.feed.pid}").exists()
     assert run.unsent is not None
     assert run.unsent.lines >= 30
 
@@ -291,7 +244,7 @@ from pathlib import Path
 from treadle.platform.tracking import RunTracker, TrackingConfig
 run = RunTracker(Path(sys.argv[1]), TrackingConfig(mlflow=sys.argv[2]), json_mode=True)
 run.stage("grpo", total_steps=5).log(0, {"reward/mean": 0.5})
-print(run.feed.pid, flush=True)
+print(run.mlflow.feed.pid, flush=True)
 time.sleep(600)
 """
 

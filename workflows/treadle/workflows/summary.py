@@ -21,6 +21,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "recoveries": run.recoveries,
         "replacements": run.replacements,
         "time_to_first_step_s": run.first_step_s,
+        "mlflow": _mlflow(run),
         "eval": {o.stage: o.evaluation.as_json() for o in trained if o.evaluation is not None},
         "samples": _samples(run),
         **({"mirror": run.mirror.summary()} if run.mirror else {}),
@@ -43,6 +44,15 @@ def _samples(run: Run) -> dict[str, Any]:
         "doubled": audit.doubled,
         "lost": audit.lost,
     }
+
+
+def _mlflow(run: Run) -> dict[str, Any]:
+    """How often MLflow was away in this attempt and came back, for how many seconds in all, and how many processes have
+    fed it. What it has not taken when the run ends is said then, and waits in the spool."""
+    mlflow = run.tracker.mlflow
+    if mlflow is None:
+        return {}
+    return {"outages": mlflow.outages, "away_s": round(mlflow.away_s, 3), "feeders": mlflow.feeders}
 
 
 def _stage(output: StageOutput) -> dict[str, Any]:

@@ -42,6 +42,7 @@ async def watched(run: Run) -> AsyncIterator[None]:
                 seen = await _seen(run)
                 run.ledger.check_held()
                 await asyncio.to_thread(write_json, run.folder.path / ROLES_FILE, seen)
+                await asyncio.to_thread(run.tracker.look_at_mlflow)
 
     async def heed() -> None:
         while True:
@@ -90,5 +91,11 @@ async def _seen(run: Run) -> dict[str, Any]:
     return {
         "unix_s": time.time(),
         "driver": {"stage": stage, "step": step, "doing": doing, "for_s": round(for_s, 1)},
-        "roles": await run.crew.doing(),
+        "roles": await run.crew.doing() | _feeding(run),
     }
+
+
+def _feeding(run: Run) -> dict[str, str]:
+    """MLflow among the roles, where it does not take the figures."""
+    mlflow = run.tracker.mlflow
+    return {"mlflow": mlflow.doing} if mlflow is not None and mlflow.doing else {}

@@ -51,6 +51,8 @@ class FeedState:
     attempt: int = 0
     rejected: int = 0  # records MLflow refuses for good; they stay in the spool
     error: str = ""  # the last failure, empty after a success
+    outages: int = 0  # how often MLflow began to fail
+    away_s: float = 0.0  # how long the outages took that are over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,16 @@ class Feed:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone. Nothing sends the spool then."""
+        return self._process.poll() is not None
+
+    @property
+    def code(self) -> int | None:
+        """The exit code of a process that has ended; negative for the signal that ended it."""
+        return self._process.poll()
 
     def close(self, timeout_s: float) -> Unsent:
         """Lets the feeder send the rest, for at most `timeout_s` (plus a margin to end), then ends it."""

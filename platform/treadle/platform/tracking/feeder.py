@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from treadle.platform.tracking.feed import MARGIN_S, load_state, save_state
+from treadle.platform.tracking.feed import MARGIN_S
 from treadle.platform.tracking.redact import Redactor
 
 POLL_S = 1.0
@@ -39,6 +39,10 @@ class Sink(Protocol):
 
     def pump(self) -> bool:
         """Sends the next batch. Returns whether there was one; raises while the server is away."""
+        ...
+
+    def note(self, error: str, away_s: float) -> None:
+        """Writes down that the server is away (`error`), or that it is back after `away_s` seconds (no error)."""
         ...
 
     def abandon(self) -> None:
@@ -87,16 +91,23 @@ class Orders:
             self.end(ORPHAN_DRAIN_S)
 
 
-def feed(sink: Sink, run_dir: Path, orders: Orders, redactor: Redactor) -> None:
+def feed(sink: Sink, orders: Orders, redactor: Redactor) -> None:
     """Sends until told to end and everything is sent, or MLflow stays away, or the drain time is up."""
-    failures = 0
+    failures, tried_s = 0, 0.0
     while orders.left_s > 0:
         try:
+            if not failures:
+                tried_s = time.monotonic()  # what hangs and then fails was away all that time
             progressed = sink.pump()
+            if failures:
+                sink.note("", time.monotonic() - tried_s)
             failures = 0
         except Exception as error:  # noqa: BLE001  MLflow, its HTTP and its database raise their own trees
             failures += 1
-            _note(run_dir, redactor.message(f"{type(error).__name__}: {error}"), first=failures == 1)
+            said = redactor.message(f"{type(error).__name__}: {error}")
+            if failures == 1:
+                _log.warning("MLflow does not take the spool, trying again: %s", said)
+            sink.note(said, 0.0)
             if orders.ending.is_set() and failures >= LAST_TRIES:
                 return
             _pause(orders, min(MAX_BACKOFF_S, 0.5 * 2**failures) * random.uniform(0.5, 1.0))
@@ -116,14 +127,6 @@ def _pause(orders: Orders, seconds: float) -> None:
         time.sleep(max(0.0, min(seconds, POLL_S, orders.left_s)))
     else:
         orders.ending.wait(seconds)
-
-
-def _note(run_dir: Path, error: str, *, first: bool) -> None:
-    if first:
-        _log.warning("MLflow does not take the spool, trying again: %s", error)
-    state = load_state(run_dir)
-    state.error = error[:500]
-    save_state(run_dir, state)
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -175,7 +178,7 @@ def main(run_dir: Path) -> int:
         return 3
     from treadle.platform.tracking.mlflow import MlflowSink  # seconds, and only in this process
 
-    feed(MlflowSink(run_dir, hello["uri"], hello["experiment"]), run_dir, orders, redactor)
+    feed(MlflowSink(run_dir, hello["uri"], hello["experiment"]), orders, redactor)
     logging.shutdown()
     # MLflow's worker threads may hang on a server that is away; everything of ours is on the disk.
     os._exit(0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
 
@@ -42,7 +42,8 @@ PARAMS_PER_REQUEST = 100
 MAX_PARAM_CHARS = 6000
 MAX_KEY_CHARS = 250
 REFUSED_FOR_GOOD = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
-"""Error codes that trying again cannot change; everything else counts as the server being away."""
+"""Error codes that trying again cannot change; everything else counts as the server being away. A bad request counts
+only where MLflow itself says so: gateways before it answer with that, too."""
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _UID_TAG = "treadle.uid"
@@ -85,10 +86,17 @@ class MlflowSink:
         client = self._connect()
         sent_events = self._pump_events(client)
         sent_metrics = self._pump_metrics(client)
-        if (sent_events or sent_metrics) or self._state.error:
-            self._state.error = ""
+        if sent_events or sent_metrics:
             save_state(self._run_dir, self._state)
         return sent_events or sent_metrics
+
+    def note(self, error: str, away_s: float) -> None:
+        """See `feeder.Sink`."""
+        if error and not self._state.error:
+            self._state.outages += 1
+        self._state.error = error[:500]
+        self._state.away_s += away_s
+        save_state(self._run_dir, self._state)
 
     def abandon(self) -> None:
         """Marks the run, and stages without an end, as killed."""
@@ -144,7 +152,8 @@ class MlflowSink:
         try:
             send()
         except MlflowException as error:
-            if error.error_code not in REFUSED_FOR_GOOD:
+            unsaid = error.error_code == "BAD_REQUEST" and not isinstance(error, RestException)
+            if error.error_code not in REFUSED_FOR_GOOD or unsaid:
                 raise
             _log.error("MLflow refuses %d records for good: %s", records, error)
             self._state.rejected += records

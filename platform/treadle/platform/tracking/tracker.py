@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -21,6 +22,7 @@ from treadle.platform.records import Json
 from treadle.platform.tracking.config import TrackingConfig, tracking_uri
 from treadle.platform.tracking.console import Console, Eta, duration, progress_line
 from treadle.platform.tracking.feed import Feed, Unsent
+from treadle.platform.tracking.outages import FeedWatch
 from treadle.platform.tracking.redact import Redactor, flatten
 from treadle.platform.tracking.rollouts import RolloutRow, write_rollouts
 from treadle.platform.tracking.spool import EVENTS_FILE, METRICS_FILE, SpoolWriter, event_rows, read_lines
@@ -84,6 +86,7 @@ class RunTracker:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._writes: list[Future[None]] = []
         self._lock = threading.Lock()
+        self._looking = threading.Lock()  # not the one above: a step waits for that
         self._warned: set[str] = set()
         self._closed = False
         self._mirror: Mirror | None = None
@@ -167,7 +170,7 @@ class RunTracker:
         """Ends the attempt: `status` is `finished`, `failed` or `interrupted`. Waits at most `timeout_s`
         (default `tracking.drain_s`, after an interrupt 5 s) for MLflow; `unsent` says what it did not take.
         The files are complete in any case. A second call does nothing."""
-        with self._lock:
+        with self._looking, self._lock:
             if self._closed:
                 return
             self._closed = True
@@ -177,21 +180,31 @@ class RunTracker:
         self.event(RUN_END, {"status": status, "elapsed_s": time.monotonic() - self._began})
         self._events.close()
         self._metrics.close()
-        if self.feed is not None:
+        if self.mlflow is not None:
             longest_s = INTERRUPTED_DRAIN_S if status == "interrupted" else self.config.drain_s
-            self.unsent = self.feed.close(
+            self.unsent = self.mlflow.feed.close(
                 min(longest_s, self.config.drain_s) if timeout_s is None else timeout_s
             )
         self._summary(status)
 
     def abandon(self) -> None:
         """Ends without another word in the run folder, which belongs to another process now."""
-        with self._lock:
+        with self._looking, self._lock:
             self._closed = True
         self._writer.shutdown(wait=False, cancel_futures=True)
         self._console.keep()
-        if self.feed is not None:
-            self.feed.abandon()
+        if self.mlflow is not None:
+            self.mlflow.feed.abandon()
+
+    def look_at_mlflow(self) -> None:
+        """Tells when MLflow goes away and comes back, and starts a feeder that died again. Reads small files: to be
+        called every few seconds, off the step's path. Raises `StorageError` for a damaged state file."""
+        with self._looking:
+            if self._closed or self.mlflow is None:
+                return
+            for news in self.mlflow.look():
+                self.say(news.text)
+                self.event(news.kind, news.fields)
 
     def _start(self, name: str, settings: Mapping[str, Json]) -> None:
         params = self.redactor.value(dict(settings))
@@ -199,7 +212,8 @@ class RunTracker:
         flat = flatten(params)
         self.event(RUN_START, {"name": name, "version": _version(), "params": dict(flat)})
         uri = tracking_uri(self.config, self.run_dir)
-        self.feed = Feed(self.run_dir, uri, self.config.experiment) if uri else None
+        start = partial(Feed, self.run_dir, uri, self.config.experiment)
+        self.mlflow = FeedWatch(self.run_dir, start) if uri else None
         again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
         self.say(f"run {name}{again}  folder {self.run_dir}  report {self.run_dir / 'report.html'}")
 
