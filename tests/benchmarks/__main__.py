@@ -17,6 +17,7 @@ BENCHES = (
     "bench_kernels",
     "bench_linear",
     "bench_mail",
+    "bench_outage",
     "bench_overlap",
     "bench_programs",
     "bench_step",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -61,12 +61,19 @@ class Program:
         return {**plain_environment(), **self.environment, MARK: self.mark}
 
     def start(self) -> subprocess.Popen[str]:
+        return self._started(subprocess.PIPE)
+
+    def start_into(self, log: IO[str]) -> subprocess.Popen[str]:
+        """With all output in a file: a pipe that nobody reads fills up."""
+        return self._started(log)
+
+    def _started(self, output: int | IO[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(TREADLE), *self.words],
             env=self.surroundings(),
             cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             text=True,
             start_new_session=True,
         )

@@ -48,11 +48,16 @@ def _samples(run: Run) -> dict[str, Any]:
 
 def _mlflow(run: Run) -> dict[str, Any]:
     """How often MLflow was away in this attempt and came back, for how many seconds in all, and how many processes have
-    fed it. What it has not taken when the run ends is said then, and waits in the spool."""
+    fed it; `now` says what is wrong with it still. What it has not taken when the run ends waits in the spool."""
     mlflow = run.tracker.mlflow
     if mlflow is None:
         return {}
-    return {"outages": mlflow.outages, "away_s": round(mlflow.away_s, 3), "feeders": mlflow.feeders}
+    return {
+        "outages": mlflow.outages,
+        "away_s": round(mlflow.away_s, 3),
+        "feeders": mlflow.feeders,
+        "now": mlflow.doing,
+    }
 
 
 def _stage(output: StageOutput) -> dict[str, Any]:

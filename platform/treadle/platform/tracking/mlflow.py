@@ -36,6 +36,8 @@ from treadle.platform.tracking.spool import (
     read_lines,
 )
 
+EVENTS_PER_BATCH = 1
+"""An event may bring dozens of traces: one failure must not throw away what many before it have sent."""
 LINES_PER_BATCH = 400
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
@@ -123,7 +125,7 @@ class MlflowSink:
         return client.create_experiment(self._experiment, artifact_location=artifacts)
 
     def _pump_events(self, client: MlflowClient) -> bool:
-        lines = read_lines(self._run_dir / EVENTS_FILE, self._state.events_offset, LINES_PER_BATCH)
+        lines = read_lines(self._run_dir / EVENTS_FILE, self._state.events_offset, EVENTS_PER_BATCH)
         for event in event_rows(lines.records):
             self._tolerate(1, partial(self._send_event, client, event))
         moved = lines.next_offset > self._state.events_offset
