@@ -140,6 +140,9 @@ class LocalWorker:
             await asyncio.sleep(3600)
         return dataclasses.replace(self.worker.status(), node=self.node)
 
+    async def where(self) -> str:
+        return "it is a fake that froze"
+
     def kill(self) -> None:
         if not self.dead.done():
             self.dead.set_result(None)

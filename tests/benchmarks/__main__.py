@@ -21,6 +21,7 @@ BENCHES = (
     "bench_overlap",
     "bench_programs",
     "bench_step",
+    "bench_supervision",
     "bench_verify",
     "bench_weights",
 )

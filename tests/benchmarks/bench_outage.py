@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_outage [--quick] [--out bench.json]
 
 One run of the tiny recipe against a real server behind a proxy. Stretches of steps in which the server answers take
-turns with stretches in which it refuses connections, answers 30 s late, with 500 or with 401. The figure is the median
-step time of the latter over that of the former; each stretch's first step is left out, and so is the first stretch. How
-far two halves of the calm stretches differ is the machine's noise. The server runs at the lowest priority: elsewhere it
+turns with stretches in which it refuses connections, answers 30 s late, with 500 or with 401. Each of the latter is
+compared with the calm stretches before and after it, because machines change their speed: the figure is the geometric
+mean of the ratios of median step times, with its standard error. The server runs at the lowest priority: elsewhere it
 would take none of these cores. Exit code 1 where a metric is not in MLflow afterwards, or is there twice.
 """
 
@@ -25,7 +25,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.benchmarks.bench_rows import Row, append_rows, compared, spread, table
+from tests.benchmarks.bench_rows import Row, against_neighbours, append_rows, compared, spread, table
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program
 from tests.platform.faulty_mlflow import Fault, FaultyMlflow, faulty_mlflow
 
@@ -47,21 +47,11 @@ class Outages:
     doubled: int
     metrics: int
 
-    def seconds(self, *, calm: bool) -> list[float]:
-        """Step times with the server there, or away; without the first stretch and each stretch's first step."""
-        told = list(zip(self.faults, self.stretches, strict=True))[1:]
-        return [s for fault, stretch in told if (fault is Fault.NONE) == calm for s in stretch[1:]]
-
     @property
-    def ratio(self) -> float:
-        return statistics.median(self.seconds(calm=False)) / statistics.median(self.seconds(calm=True))
-
-    @property
-    def noise(self) -> float:
-        """The ratio of every other calm stretch to the rest."""
-        calm = [s[1:] for f, s in list(zip(self.faults, self.stretches, strict=True))[1:] if f is Fault.NONE]
-        halves = [[second for stretch in calm[half::2] for second in stretch] for half in (0, 1)]
-        return statistics.median(halves[0]) / statistics.median(halves[1])
+    def ratio_and_error(self) -> tuple[float, float]:
+        """Of the median step times under outages; each stretch's first step is left out: the fault changes in it."""
+        medians = [statistics.median(stretch[1:]) for stretch in self.stretches]
+        return against_neighbours(medians, [fault is not Fault.NONE for fault in self.faults])
 
 
 def turns(rounds: int) -> tuple[Fault, ...]:
@@ -133,15 +123,23 @@ def _switch(
 
 
 def outage_row(found: Outages) -> Row:
-    away, calm = found.seconds(calm=False), found.seconds(calm=True)
+    """The ratio, with the calm steps' median as the other side's seconds."""
+    ratio, error = found.ratio_and_error
+    outages = sum(fault is not Fault.NONE for fault in found.faults)
+    calm = [
+        s
+        for f, stretch in zip(found.faults, found.stretches, strict=True)
+        if f is Fault.NONE
+        for s in stretch[1:]
+    ]
     return compared(
         "a step of the tiny recipe, MLflow away against there",
-        statistics.median(away),
+        ratio * statistics.median(calm),
         statistics.median(calm),
         "s per step (goal 0.97 to 1.03)",
         command=COMMAND,
-        detail=f"away {spread(away)}, there {spread(calm)}; the calm stretches differ by {found.noise:.3f} among "
-        f"themselves; of {found.metrics} metrics {found.missing} missing, {found.doubled} doubled",
+        detail=f"standard error of the ratio {error:.3f}, {outages} outages; steps with the server "
+        f"there {spread(calm)} s; of {found.metrics} metrics {found.missing} missing, {found.doubled} doubled",
     )
 
 
@@ -151,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="treadle-outage-") as parent:
-        found = run_with_outages(Path(parent), turns(1 if given.quick else 2), 20 if given.quick else 100)
+        found = run_with_outages(Path(parent), turns(1 if given.quick else 6), 20 if given.quick else 40)
     for fault, stretch in zip(found.faults, found.stretches, strict=True):
         print(f"{fault.value:24} {spread(stretch[1:])}")
     row = outage_row(found)

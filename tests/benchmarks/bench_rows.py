@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -92,6 +93,20 @@ def spread(values: Sequence[float]) -> str:
         return f"{values[0]:.3f} of 1" if values else "none"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.3f} [{low:.3f}, {high:.3f}] of {len(values)}"
+
+
+def against_neighbours(medians: Sequence[float], treated: Sequence[bool]) -> tuple[float, float]:
+    """How stretches of one kind compare with the stretches before and after them, which take part in the machine's
+    drift: the geometric mean of the ratios to the mean of both neighbours, and its standard error. Stretches at either
+    end must be untreated, and no two treated ones may be neighbours. Raises `ValueError` for fewer than two."""
+    at = [index for index, yes in enumerate(treated) if yes]
+    if len(at) < 2 or treated[0] or treated[-1] or any(b - a < 2 for a, b in itertools.pairwise(at)):
+        raise ValueError(
+            f"{len(at)} treated stretches of {len(treated)} do not alternate with untreated ones."
+        )
+    ratios = [2 * medians[index] / (medians[index - 1] + medians[index + 1]) for index in at]
+    ratio = statistics.geometric_mean(ratios)
+    return ratio, ratio * statistics.stdev(map(math.log, ratios)) / math.sqrt(len(ratios))
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import torch
 from tests.benchmarks import step_loads
 from tests.benchmarks.bench_overlap import overlap_rows
 from tests.benchmarks.bench_rows import (
+    against_neighbours,
     append_rows,
     compared,
     lengths_line,
@@ -23,6 +24,7 @@ from tests.benchmarks.bench_rows import (
     table,
 )
 from tests.benchmarks.bench_step import of_ranks, quick, step_row
+from tests.benchmarks.bench_supervision import OFTENER, Stretch, rows_of
 from tests.benchmarks.markov_model import Shape, log_transitions, transitions, write_markov_model
 from tests.benchmarks.reproduce_demo import Accuracy, DemoRun, broken_bounds, broken_control, lines_of
 from tests.benchmarks.step_loads import DEMO, LOADS, grpo_stage, step_recipe
@@ -215,3 +217,28 @@ def test_watched_rollouts_count_seconds_of_drawing_once() -> None:
     assert busy_s > 0.04
     assert idle_s == 0.0
     assert lengths == [3, 4, 3, 4]
+
+
+def test_a_machine_that_slows_down_does_not_change_a_ratio_to_neighbours() -> None:
+    ratio, error = against_neighbours([1.0, 1.2, 1.4, 1.6, 1.8], [False, True, False, True, False])
+    assert ratio == pytest.approx(1.0)
+    assert error == pytest.approx(0.0, abs=1e-12)
+    ratio, error = against_neighbours([1.0, 1.1, 1.0, 1.21, 1.0], [False, True, False, True, False])
+    assert ratio == pytest.approx(math.sqrt(1.1 * 1.21))
+    assert error > 0
+
+
+@pytest.mark.parametrize("treated", [[True, False, True], [False, True, True, False], [False, True, False]])
+def test_stretches_without_untreated_neighbours_are_no_comparison(treated: list[bool]) -> None:
+    with pytest.raises(ValueError, match="do not alternate"):
+        against_neighbours([1.0] * len(treated), treated)
+
+
+def test_the_price_of_supervision_is_what_its_multiple_adds() -> None:
+    """A step of 1 s, 1 % of it supervision: at OFTENER times the rate it takes 0.99 + OFTENER * 0.01 s."""
+    dense = 0.99 + OFTENER * 0.01
+    seconds = (1.0, dense, 1.0, dense, 1.0)
+    stretches = [Stretch(oftener=s != 1.0, step_s=[s, s], cpu_s=2 * s) for s in seconds]
+    step, cpu = rows_of(stretches)
+    assert step.ratio == pytest.approx(1 / 0.99, rel=1e-3)
+    assert (cpu.ours, cpu.theirs) == (pytest.approx(2.0), pytest.approx(1.98))

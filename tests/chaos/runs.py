@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import pyarrow.parquet
 from safetensors import safe_open
 from tests.chaos.book import Account
-from tests.e2e.programs import TINY, WITH_PROMPTS, Ended, patiently, summary_of
+from tests.e2e.programs import TINY, WITH_PROMPTS, Ended, Program, patiently, summary_of, wait_until
 
 from treadle.platform.metric_names import MISMATCH_MAX
 
+COMMIT = "checkpoints/rl/step-00000002/COMMITTED"
+"""The first commit of the tiny recipe."""
 PATIENT = (
     "recovery.max_recoveries=40",
     "rollout.max_restarts=40",
@@ -99,6 +102,37 @@ def chaotic(
     happened = {file.name: file.stat().st_mtime for file in told.iterdir()}
     assert not once or len(happened) == len(faults), f"ordered {faults}, happened {sorted(happened)}"
     return Chaos(folder=folder / "run", ended=ended, faults=happened)
+
+
+def struck(
+    folder: Path,
+    strike: Callable[[Program], None],
+    *settings: str,
+    environment: Mapping[str, str] | None = None,
+    when: str = COMMIT,
+) -> Chaos:
+    """A run of the tiny recipe to which `strike` happens once the file `when` is in its folder. The run must end well,
+    and so must all of its processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = folder / "run"
+    words = ("run", str(TINY), WITH_PROMPTS, *PATIENT, *settings, "--dir", str(run))
+    program, began = Program(words=words, environment=environment or {}), time.monotonic()
+    with (folder / "said.log").open("w+") as log:
+        process = program.start_into(log)
+        try:
+            assert wait_until(lambda: (run / when).exists() or process.poll() is not None, 900)
+            struck_s = time.time()
+            if process.poll() is None:
+                strike(program)
+            code = process.wait(900)
+        except BaseException:
+            process.kill()
+            raise
+        said = (folder / "said.log").read_text()
+    ended = Ended(code=code, out=said, err=said, wall_s=time.monotonic() - began)
+    assert ended.code == 0, ended
+    assert program.all_gone(), program.survivors()
+    return Chaos(folder=run, ended=ended, faults={"strike": struck_s})
 
 
 def first_step_after(folder: Path, since: float) -> float:

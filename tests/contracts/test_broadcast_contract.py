@@ -308,17 +308,42 @@ def test_a_coordinator_that_dies_is_replaced_and_the_version_published_once_more
     loom.close()
 
 
+@ray.remote(num_cpus=0, concurrency_groups={"health": 1})
+class Frozen:
+    """A coordinator whose event loop stands still in `publish`."""
+
+    async def register(self) -> int:
+        return 1
+
+    async def publish(self, step: int, token: int) -> None:
+        time.sleep(3600)
+
+    async def phase(self) -> str:
+        return "engines fetch version 1"
+
+    @ray.method(concurrency_group="health")
+    async def where(self) -> str:
+        return "in publish (coordinator.py:1)"
+
+
+def test_a_coordinator_that_falls_silent_is_given_up_long_before_the_publication_is_late(
+    ray_session: None,
+) -> None:
+    config = dataclasses.replace(CONFIG, heartbeat_s=0.1, silence_deadline_s=1.0, gather_deadline_s=600.0)
+    frozen = Frozen.remote()  # type: ignore[attr-defined]
+    start = time.monotonic()
+    with pytest.raises(BroadcastError) as error:
+        asyncio.run(Broadcaster(frozen, config).publish(1))
+    assert time.monotonic() - start < 60
+    assert "the weight coordinator has been silent for 1 s" in error.value.message
+    assert "it hangs in publish (coordinator.py:1)" in error.value.message
+    assert "broadcast.silence_deadline_s" in error.value.remedy
+    ray.kill(frozen)
+
+
 def test_a_coordinator_that_does_not_answer_is_given_up(ray_session: None) -> None:
-    @ray.remote(num_cpus=0)
-    class Frozen:
-        def register(self) -> int:
-            return 1
-
-        def publish(self, step: int, token: int) -> None:
-            time.sleep(3600)
-
     config = dataclasses.replace(CONFIG, gather_deadline_s=0.1, stage_deadline_s=0.1, flip_deadline_s=0.1)
-    frozen = Frozen.remote()
+    frozen = Frozen.remote()  # type: ignore[attr-defined]
     client = Broadcaster(frozen, config)
     start = time.monotonic()
     with pytest.raises(BroadcastError, match="did not answer within"):

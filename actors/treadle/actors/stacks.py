@@ -27,6 +27,17 @@ async def stacks_of(actors: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+async def where(actor: Any) -> str:
+    """In which functions an actor that does not answer hangs, or that it does not even say that. Takes at most
+    `ANSWER_S`: the actor has a thread for this question."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            places = str(await actor.where.remote())
+    except (RayError, TimeoutError):
+        return "it does not say where (a frozen process, or one that is cut off)"
+    return f"it hangs {places}" if places else "it hangs outside of our code"
+
+
 async def _stacks(actor: Any) -> str:
     try:
         return str(await call(actor, "stacks"))

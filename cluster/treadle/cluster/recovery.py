@@ -29,8 +29,16 @@ class RecoveryConfig:
     same_step: int = 2
     """Failures at one step of a stage that are mended; the next one there stops the run."""
 
+    driver_deadline_s: float = 900.0
+    """Longest the driver's event loop may stand still; then the run ends, to be continued by `treadle resume`. 0 is any
+    time."""
+
     def check(self) -> None:
         """Raises `ConfigError` for what cannot work."""
+        if self.driver_deadline_s < 0:
+            raise ConfigError(
+                f"recovery.driver_deadline_s={self.driver_deadline_s} is negative.", "Use 0 for never."
+            )
         if min(self.max_recoveries, self.max_refused) < 0 or self.same_step < 1 or not self.window_s > 0:
             raise ConfigError(
                 f"recovery.max_recoveries={self.max_recoveries} and recovery.max_refused={self.max_refused} must be "

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -139,7 +139,9 @@ def _embedded(
                 )
                 yield _session(ray, embedded=True)
             finally:
+                family = _family(folder)
                 ray.shutdown()
+                _end_frozen(family)
     finally:
         _end_processes(folder)
         if logs is not None:
@@ -228,6 +230,24 @@ def _end_processes(folder: str) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if any(folder in word for word in child.cmdline()):
                 child.kill()
+
+
+def _family(folder: str) -> set[psutil.Process]:
+    """Ray's own processes, which name the folder, and all that they have started."""
+    family: set[psutil.Process] = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if any(folder in word for word in child.cmdline()):
+                family |= {child, *child.children(recursive=True)}
+    return family
+
+
+def _end_frozen(family: Iterable[psutil.Process]) -> None:
+    """A process that is stopped by a signal never notices that its Ray has ended."""
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.status() == psutil.STATUS_STOPPED:
+                process.kill()
 
 
 def _session(ray: object, *, embedded: bool) -> Session:

@@ -182,6 +182,22 @@ def test_a_silent_worker_is_replaced_and_its_draw_repeated() -> None:
     bench.run(use)
 
 
+def test_a_silent_worker_beyond_the_budget_is_named_with_what_it_was_asked_for() -> None:
+    bench = Bench(step_s=0.01, workers=1, max_restarts=0)
+
+    async def use(pool: RolloutPool) -> None:
+        bench.workers[0].frozen = True
+        bench.engines[0]._step_s = 3600.0
+        with pytest.raises(RolloutError) as error:
+            await pool.draw(issue("a", max_new_tokens=40))
+        for words in ("worker rollout-0 has been silent for", "asked to draw test/a", "a fake that froze"):
+            assert words in error.value.message
+        for setting in ("rollout.max_restarts=0", "rollout.silence_deadline_s"):
+            assert setting in error.value.remedy
+
+    bench.run(use)
+
+
 def test_an_engine_that_stands_still_is_replaced_although_its_worker_answers() -> None:
     bench = Bench(workers=1)
 

@@ -38,6 +38,9 @@ class LocalHandle:
     async def ping(self) -> None:
         await self._unless_gone(asyncio.sleep(0))
 
+    async def where(self) -> str:
+        return "it is a fake that hangs"
+
     def kill(self) -> None:
         self.gone.set()
 
@@ -135,7 +138,9 @@ def test_with_the_respawns_used_up_groups_fail_and_later_calls_raise() -> None:
             assert statuses(verdicts) == (["scored"] * 2 if round_ == 0 else ["failed"] * 2)
         assert all(np.isnan(verdict.reward) for verdict in verdicts)
         assert "grpo/3" in verdicts[0].detail
-        with pytest.raises(VerifierError, match=r"no verify actor is left after 1 respawns.*verify.respawns"):
+        with pytest.raises(
+            VerifierError, match=r"left after 1 respawns; first cause: verify-0, judging grpo/3.*respawns"
+        ):
             await client.judge(drawn("ok"))
 
     with_client(odd_config(respawns=1), body)

@@ -192,7 +192,10 @@ class Crew:
         said = {n: _in_words(heard[n]) if n in heard else "starting" for n in self._rollouts.workers}
         stats = self._verifiers.stats()
         said["verify"] = f"{stats.scored} scored, {stats.failed} failed, {stats.timed_out} timed out"
+        coordinator = asyncio.create_task(self._broadcast.doing()) if self._broadcast is not None else None
         ranks = await self._learner.phases()
+        if coordinator is not None:
+            said["coordinator"] = await coordinator or "does not answer"
         return said | {f"learner-{rank}": phase or "does not answer" for rank, phase in enumerate(ranks)}
 
     async def stacks(self) -> dict[str, str]:
@@ -272,9 +275,11 @@ async def _reserved(recipe: Recipe, specs: Sequence[RoleSpec]) -> Placement:
 
 def _in_words(status: WorkerStatus) -> str:
     failure = f", failed: {status.failure}" if status.failure else ""
+    fetching = f", fetching weights for {status.fetching_s:.1f} s" if status.fetching_s > 1 else ""
     return (
-        f"{status.phase}, {status.in_flight} in flight, version {status.version.step}, "
-        f"engine silent for {status.silent_s:.1f} s{failure}"
+        f"{status.phase}, {status.in_flight} in flight, version {status.version.step}{fetching}, "
+        f"engine silent for {status.silent_s:.1f} s {status.where}".rstrip()
+        + failure
     )
 
 

@@ -19,6 +19,10 @@ from treadle.workflows.watch import first_failure, last_seen
 SHOWN = ("reward/mean", "accuracy/sampled", "accuracy/heldout_sampled", "response_length/mean", "policy/loss")
 
 
+FROZEN = "frozen"
+"""The state of a run whose driver was stopped by a signal: SIGCONT wakes it, unless another one takes over."""
+
+
 def describe(folder: RunFolder) -> dict[str, Any]:
     """State, attempts, finished stages, the newest step with its figures, and the samples' fate. A run whose
     process is gone without a word is reported as `killed`."""
@@ -26,6 +30,8 @@ def describe(folder: RunFolder) -> dict[str, Any]:
     word = state.get("state", "never started")
     if word == "running" and not alive(int(state.get("pid", 0))):
         word = "killed"
+    elif word == "running" and stopped(int(state.get("pid", 0))):
+        word = FROZEN
     rows = read_metrics(folder.path)
     newest = max(rows, key=lambda row: row.time, default=None)
     result: dict[str, Any] = {
@@ -38,7 +44,7 @@ def describe(folder: RunFolder) -> dict[str, Any]:
         "seconds_since_last_step": time.time() - newest.time if newest else None,
         "figures": {k: newest.metrics[k] for k in SHOWN if k in newest.metrics} if newest else {},
         "samples": _audit(folder),
-        "now": last_seen(folder.path) if word == "running" else {},
+        "now": last_seen(folder.path) if word in ("running", FROZEN) else {},
         "first_failure": first_failure(folder.path),
         "mirror": read_json(folder.mirror) if folder.mirror.exists() else {},
     }
@@ -55,11 +61,15 @@ def holder(state: Mapping[str, Any]) -> str:
         return f"process {pid} on {host}"
     if not alive(pid):
         return ""
+    return "" if stopped(pid) else f"process {pid}"
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process is frozen by a signal (SIGSTOP)."""
     try:
-        stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return ""
-    return "" if stopped else f"process {pid}"
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
 
 
 def alive(pid: int) -> bool:
@@ -112,7 +122,7 @@ def _text(result: dict[str, Any]) -> str:
     if result["samples"]:
         counts = "  ".join(f"{name} {value}" for name, value in result["samples"].items())
         lines.append(f"groups: {counts}")
-    if result["state"] in ("killed", "interrupted", "failed"):
+    if result["state"] in ("killed", "interrupted", "failed", FROZEN):
         lines.append(f"continue with: treadle resume {result['folder']}")
     return "\n".join(lines)
 

@@ -7,8 +7,9 @@ what was known at the moment of each failure: the error, every role, and the sta
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.platform.errors import TreadleError
 from treadle.platform.stacks import stacks
 from treadle.workflows.folder import read_json, write_json
+from treadle.workflows.watchdog import guarded
 
 if TYPE_CHECKING:
     from treadle.workflows.run import Run
@@ -50,9 +52,21 @@ async def watched(run: Run) -> AsyncIterator[None]:
             with suppress(TreadleError):
                 run.leave(await asyncio.to_thread(run.crew.leaving))
 
+    def at() -> str:
+        stage, step, doing, _ = run.doing()
+        return f"{stage or 'the start'}, step {step}{f', {doing}' if doing else ''}"
+
+    def hung(error: TreadleError) -> None:
+        state = run.folder.state()
+        if int(state.get("pid", 0)) != os.getpid():
+            return  # the run has a new driver
+        _write_failure(run, error, {"driver": stacks()}, _driver(run))
+        run.folder.set_state(state="failed", ended_unix_s=time.time())
+
     tasks = [asyncio.create_task(look(), name="watch roles"), asyncio.create_task(heed(), name="watch nodes")]
     try:
-        yield
+        async with guarded(run.recipe.recovery.driver_deadline_s, at, hung):
+            yield
     finally:
         for task in tasks:
             task.cancel()
@@ -61,15 +75,18 @@ async def watched(run: Run) -> AsyncIterator[None]:
 
 async def record_failure(run: Run, error: TreadleError) -> Path:
     """Writes what is known about a failure while its processes still live. Returns the file."""
+    return _write_failure(run, error, {"driver": stacks(), **await run.crew.stacks()}, await _seen(run))
+
+
+def _write_failure(run: Run, error: TreadleError, where: Mapping[str, str], seen: Mapping[str, Any]) -> Path:
     folder = run.folder.path / FAILURES_FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"{len(list(folder.glob('*.json'))) + 1:04d}.json"
-    seen = await _seen(run)
     told = {
         "error": type(error).__name__,
         "message": run.tracker.redactor.message(error.message),
         "remedy": error.remedy,
-        "stacks": {"driver": stacks(), **await run.crew.stacks()},
+        "stacks": where,
     }
     write_json(file, {**told, **seen})
     return file
@@ -87,11 +104,14 @@ def first_failure(folder: Path) -> dict[str, Any]:
 
 
 async def _seen(run: Run) -> dict[str, Any]:
+    return {**_driver(run), "roles": await run.crew.doing() | _feeding(run)}
+
+
+def _driver(run: Run) -> dict[str, Any]:
     stage, step, doing, for_s = run.doing()
     return {
         "unix_s": time.time(),
         "driver": {"stage": stage, "step": step, "doing": doing, "for_s": round(for_s, 1)},
-        "roles": await run.crew.doing() | _feeding(run),
     }
 
 

@@ -15,6 +15,7 @@ from treadle.actors.broadcast.phases import EngineLostError, Offer
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
+from treadle.platform.stacks import places
 
 
 class RaySource:
@@ -51,9 +52,10 @@ async def _from_engine(reference: Any) -> Any:
         raise EngineLostError(f"{why(error)}.") from error
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"health": 1})
 class CoordinatorActor:
-    """See `Coordinator`. It is not restarted: a restarted one would have forgotten who may publish."""
+    """See `Coordinator`. It is not restarted: a restarted one would have forgotten who may publish. `where` answers
+    while everything else hangs."""
 
     def __init__(self, config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> None:
         outgoing = Outgoing(
@@ -85,6 +87,14 @@ class CoordinatorActor:
     @once
     async def forget(self, name: str) -> None:
         self._coordinator.forget(name)
+
+    async def phase(self) -> str:
+        """What it is doing; answers while the event loop turns."""
+        return self._coordinator.phase
+
+    @ray.method(concurrency_group="health")
+    async def where(self) -> str:
+        return places()
 
     @once
     async def held(self) -> Mapping[str, WeightVersion]:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -17,6 +17,7 @@ from treadle.actors.broadcast.probe import Probe
 from treadle.actors.calls import call_once
 from treadle.actors.deaths import why
 from treadle.actors.replaced import Replaced, Told, tell_nobody
+from treadle.actors.stacks import ANSWER_S, where
 from treadle.platform.errors import BroadcastError, TreadleError
 from treadle.platform.metric_names import MISMATCH_MAX
 from treadle.platform.records import PublishReport, WeightVersion
@@ -99,6 +100,14 @@ class Broadcaster:
         """Brings a new or respawned engine to the newest version; None when there is none yet."""
         return await self._asked("catch_up", self._config.publish_deadline_s, name, engine)
 
+    async def doing(self) -> str:
+        """What the coordinator says it is doing, nothing where it does not answer within a few seconds."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return str(await self._coordinator.phase.remote())
+        except (TimeoutError, RayActorError):
+            return ""
+
     async def forget(self, name: str) -> None:
         """Leaves an engine out of later publications."""
         await self._asked("forget", 30.0, name)
@@ -125,12 +134,17 @@ class Broadcaster:
         return dataclasses.replace(report, metrics={**report.metrics, MISMATCH_MAX: difference})
 
     async def _asked(self, method: str, deadline_s: float, *args: Any) -> Any:
-        asked = call_once(self._coordinator, method, *args)
+        coordinator = self._coordinator
+        asked = call_once(coordinator, method, *args)
         try:
-            return await asyncio.wait_for(asked, deadline_s)
+            answer = asyncio.wait_for(asked, deadline_s)
+            if method == "register":  # it begins with the start of a process, which says nothing
+                return await answer
+            return await self._unless_silent(method, coordinator, answer)
         except TimeoutError as error:
             raise CoordinatorLostError(
-                f"broadcast.{method}: the weight coordinator did not answer within {deadline_s:g} s.",
+                f"broadcast.{method}: the weight coordinator did not answer within {deadline_s:g} s; "
+                f"{await where(coordinator)}.",
                 "Look for a frozen coordinator, or raise the deadlines under broadcast.",
             ) from error
         except RayTaskError as error:
@@ -144,3 +158,38 @@ class Broadcaster:
                 f"broadcast.{method}: the weight coordinator has died ({why(error)}).",
                 "Start the run again with `treadle resume`.",
             ) from error
+
+    async def _unless_silent(self, method: str, coordinator: Any, answer: Coroutine[Any, Any, Any]) -> Any:
+        """The answer, unless the coordinator falls silent before it comes. Raises `CoordinatorLostError` then."""
+        answering = asyncio.create_task(answer)
+        listening = asyncio.create_task(_silence(coordinator, self._config))
+        try:
+            await asyncio.wait({answering, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                return answering.result()
+            raise CoordinatorLostError(
+                f"broadcast.{method}: the weight coordinator has been silent for "
+                f"{self._config.silence_deadline_s:g} s; before, {listening.result()}; {await where(coordinator)}.",
+                "Look at its node; broadcast.silence_deadline_s allows longer silences.",
+            )
+        finally:
+            answering.cancel()
+            listening.cancel()
+
+
+async def _silence(coordinator: Any, config: BroadcastConfig) -> str:
+    """What a coordinator was doing that has not answered for `silence_deadline_s`.
+
+    consumes: phases; waits for: the answers, asked for every `heartbeat_s`; unblocked by: silence, or being cancelled;
+    produces: the last phase. A coordinator that dies ends its calls, and is nothing for this.
+    """
+    before = "it had begun"
+    while True:
+        await asyncio.sleep(config.heartbeat_s)
+        try:
+            async with asyncio.timeout(config.silence_deadline_s):
+                before = str(await coordinator.phase.remote())
+        except TimeoutError:
+            return before
+        except RayActorError:
+            await asyncio.get_running_loop().create_future()

@@ -30,6 +30,10 @@ class BroadcastConfig:
     """For an engine to fetch and check a version, one repetition included; then it is left behind."""
     flip_deadline_s: float = 60.0
     """For an engine to reach the end of a decode step and adopt the version."""
+    heartbeat_s: float = 5.0
+    """How often the coordinator is asked whether it lives while a publication is waited for."""
+    silence_deadline_s: float = 60.0
+    """A coordinator that does not answer that for so long hangs or is frozen, and another one takes its place."""
     max_restarts: int = 3
     """Coordinators that may be replaced in a stage."""
     probe_every: int = 1
@@ -50,6 +54,8 @@ class BroadcastConfig:
             "gather_deadline_s",
             "stage_deadline_s",
             "flip_deadline_s",
+            "heartbeat_s",
+            "silence_deadline_s",
             "probe_limit",
         ):
             value = getattr(self, name)

@@ -44,6 +44,7 @@ class Coordinator:
         self._held: dict[str, WeightVersion] = {}
         self._fanout = Fanout()
         self._lock = asyncio.Lock()
+        self.phase = "idle"
 
     @property
     def held(self) -> Mapping[str, WeightVersion]:
@@ -67,12 +68,14 @@ class Coordinator:
         """
         async with self._lock:
             self._refuse_outdated(step, token)
+            self.phase = f"ranks gather version {step}"
             failpoint("broadcast.before_publish")
             start = time.monotonic()
             bases = self._bases()
             publication = await self._gather(step, frozenset(bases.values()))
             gathered_s = time.monotonic() - start
             carried = await self._carry(publication, self._receivers, bases)
+            self.phase = "idle"
             self._newest = publication
             self._published += 1
             lags = {name: step - v.step for name, v in self._held.items() if name in self._receivers}
@@ -168,8 +171,10 @@ class Coordinator:
     ) -> Carried:
         version = publication.version
         start = time.monotonic()
+        self.phase = f"engines fetch version {version.step}"
         routes = {name: await publication.route(bases[name]) for name in receivers}
         staged = await self._fanout.run(receivers, stage, routes, self._config.stage_deadline_s)
+        self.phase = f"engines adopt version {version.step}"
         _refuse_a_wrong_manifest(version, staged)
         failpoint("broadcast.between_phases")
         middle = time.monotonic()

@@ -19,12 +19,13 @@ from treadle.actors.calls import once
 from treadle.actors.learner import process_group
 from treadle.actors.learner.figures import RankReport
 from treadle.actors.learner.fresh import ModelShape, random_model
+from treadle.actors.learner.heartbeat import IDLE
 from treadle.actors.learner.rank import LearnerRank
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import BroadcastError, DeadlineError
 from treadle.platform.packed import unpacked
 from treadle.platform.records import Group, Json, Offered, Ref, Share, TrainSample, WeightManifest
-from treadle.platform.stacks import stacks
+from treadle.platform.stacks import places, stacks
 
 
 class Offering(Protocol):
@@ -141,8 +142,9 @@ class LearnerRankActor:
 
     @ray.method(concurrency_group="health")
     def phase(self) -> str:
-        """What the rank is doing right now, and where."""
-        return f"{self._learner.phase} ({socket.gethostname()}, process {os.getpid()})"
+        """What the rank is doing right now, in which function, and on which machine."""
+        place = "" if self._learner.phase == IDLE else f" {places()}"
+        return f"{self._learner.phase}{place} ({socket.gethostname()}, process {os.getpid()})"
 
     @ray.method(concurrency_group="health")
     def stacks(self) -> str:

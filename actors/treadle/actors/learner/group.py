@@ -23,7 +23,7 @@ from treadle.actors.learner.config import GroupConfig
 from treadle.actors.learner.failures import GRACE_S, RankFailure, diagnose, refused_by_all
 from treadle.actors.learner.figures import RankReport, merge
 from treadle.actors.learner.fresh import ModelShape
-from treadle.actors.learner.heartbeat import listed, phases, silence, unfit
+from treadle.actors.learner.heartbeat import culprits, listed, phases, silence, unfit
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError, LearnerError
 from treadle.platform.records import Json, RoleSpec, StepBatch, StepReport
@@ -184,6 +184,7 @@ class LearnerGroup:
         """All ranks' answers. waits for: every rank, until `deadline`; unblocked by: the first failure."""
         if self._broken:
             raise LearnerError(f"learner.{what}: the group is broken: {self._broken}", "Start it again.")
+        limit_s = self._left(deadline)
         tasks = [asyncio.ensure_future(_answer(ref)) for ref in refs]
         ended = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
         silent = asyncio.ensure_future(self._silence(what, actors))
@@ -206,10 +207,13 @@ class LearnerGroup:
                     "Look at that rank's node and log; learner.silence_deadline_s allows longer silences.",
                 )
             if not ended.done():
-                late = ", ".join(str(rank) for rank, task in enumerate(tasks) if not task.done())
-                self._broken = f"learner.{what}: rank {late} did not answer in time."
+                said = await phases(actors)
+                late = culprits([rank for rank, task in enumerate(tasks) if not task.done()], said)
+                named = ", ".join(map(str, late))
+                doing = "; ".join(said[rank] or "no answer" for rank in late)
+                self._broken = f"learner.{what}: rank {named} is not done after {limit_s:.0f} s: {doing}."
                 raise DeadlineError(
-                    f"{self._broken} {listed(await phases(actors))}",
+                    f"{self._broken} All: {listed(said)}",
                     f"Look at the ranks' logs, or raise learner.{_setting(what)}.",
                 )
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from treadle.actors.calls import call
+from treadle.platform.stacks import WAITS
 
 IDLE = "idle"
 ANSWER_S = 3.0
@@ -30,6 +31,11 @@ async def phases(actors: Sequence[Any]) -> list[str]:
 def listed(said: Sequence[str]) -> str:
     """The answers of `phases` in one sentence."""
     return "; ".join(f"rank {rank}: {phase or 'no answer'}" for rank, phase in enumerate(said)) + "."
+
+
+def culprits(late: Sequence[int], said: Sequence[str]) -> list[int]:
+    """Of the ranks that are late, those that do not wait for another one: all where everybody does."""
+    return [rank for rank in late if WAITS not in said[rank]] or list(late)
 
 
 async def unfit(actors: Sequence[Any]) -> str:

@@ -146,8 +146,8 @@ class LearnerRank:
 
     def save(self, folder: str, extra: Mapping[str, Json]) -> None:
         """Writes a checkpoint under `folder`; its files are complete when all ranks have returned."""
-        failpoint("learner.before_save")
         self.phase = "save"
+        failpoint("learner.before_save")
         backend, reference = self._stage.backend, self._stage.reference
         checkpoint.write(
             folder,

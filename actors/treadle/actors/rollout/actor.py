@@ -18,10 +18,11 @@ from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import DrawnGroup
 from treadle.actors.rollout.handles import Launch, WorkerDiedError
 from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
+from treadle.actors.stacks import where
 from treadle.platform.errors import TreadleError
 from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Issue, Ref, Staged, WeightManifest, WeightVersion
-from treadle.platform.stacks import stacks
+from treadle.platform.stacks import places, stacks
 
 _SMALL_BYTES = 65_536
 """A group that cannot grow beyond this travels by value, together with others that are done at the same time; a
@@ -38,9 +39,9 @@ SmallGroup: TypeAlias = tuple[Drawn, Packed, tuple[str, ...]]
 
 # Ray would repeat a call whose side effect happened, and restart without the weights: calls are repeated by who
 # makes them (`once`), workers replaced by the pool.
-@ray.remote(max_restarts=0, max_task_retries=0)
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
 class RolloutActor:
-    """See `RolloutWorker`."""
+    """See `RolloutWorker`. `where` and `stacks` answer while everything else hangs."""
 
     def __init__(self, name: str, config: RolloutConfig) -> None:
         self._worker = RolloutWorker(name, config)
@@ -79,8 +80,13 @@ class RolloutActor:
     async def status(self) -> WorkerStatus:
         return dataclasses.replace(self._worker.status(), node=self._node)
 
+    @ray.method(concurrency_group="health")
     async def stacks(self) -> str:
         return stacks()
+
+    @ray.method(concurrency_group="health")
+    async def where(self) -> str:
+        return places()
 
     async def _drawn(self, asked: Asked) -> SmallGroup:
         summary, group, texts = await self._worker.draw(*asked)
@@ -107,6 +113,9 @@ class RayWorker:
 
     async def status(self) -> WorkerStatus:
         return await _answer(call(self.actor, "status"))
+
+    async def where(self) -> str:
+        return await where(self.actor)
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)

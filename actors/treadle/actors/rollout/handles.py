@@ -30,6 +30,10 @@ class WorkerHandle(Protocol):
 
     async def status(self) -> WorkerStatus: ...
 
+    async def where(self) -> str:
+        """Where a worker that does not answer hangs, as far as can be found out within a few seconds."""
+        ...
+
     def kill(self) -> None:
         """Ends the worker's process at once. Never fails."""
         ...

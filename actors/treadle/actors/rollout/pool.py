@@ -23,7 +23,7 @@ from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindError
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
-from treadle.actors.rollout.supervision import Budget, Member, verdict
+from treadle.actors.rollout.supervision import Budget, Member, silence, verdict
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DeadlineError, PoisonedError, RoleError, RolloutError, TreadleError
 from treadle.platform.records import Drawn, Issue, WeightVersion
@@ -185,12 +185,14 @@ class RolloutPool:
     async def _draw_on(self, member: Member, issue: Issue, story: list[str]) -> Drawn:
         story[:1] = [f"it is in flight on {member.name}."]
         member.draws += 1
+        member.asked.add(issue.id)
         try:
             least = issue.version.step - self.max_lag_steps
             summary, group, texts = await member.call(member.handle.draw(issue, least))
             return dataclasses.replace(summary, group=group, texts=texts)
         finally:
             member.draws -= 1
+            member.asked.discard(issue.id)
             self._announce()
 
     @staticmethod
@@ -284,7 +286,9 @@ class RolloutPool:
                 status = member.handle.status()
                 member.status = await asyncio.wait_for(member.call(status), self._config.silence_deadline_s)
                 reason = verdict(member.status, self._config)
-            except (TreadleError, TimeoutError) as error:
+            except TimeoutError:
+                reason = silence(member, self._config, await member.handle.where())
+            except TreadleError as error:
                 reason = _as_role_error(member, "heartbeat", error)
             if reason is not None and not member.gone:
                 self._replace(member, reason)

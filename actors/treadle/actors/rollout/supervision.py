@@ -24,6 +24,7 @@ class Member:
         self.handle = handle
         self.ready = False
         self.draws = 0
+        self.asked: set[str] = set()  # issues
         self.reserved = False  # for a draw that is suspected of ending workers
         self.retry_s = 0.0  # monotonic; before it the worker is known to hold weights too old
         self.status: WorkerStatus | None = None
@@ -78,7 +79,8 @@ class Budget:
             raise RolloutError(
                 f"rollout: {len(self._spent)} workers failed within {self._window_s:g} s; "
                 f"first cause: {self._spent[0][1]}",
-                "Remove the first cause; rollout.max_restarts allows more replacements.",
+                f"Remove the first cause; rollout.max_restarts={self._limit} allows no more replacements. "
+                f"{cause.remedy}".strip(),
             )
         self.total += 1
 
@@ -87,12 +89,32 @@ def verdict(status: WorkerStatus, config: RolloutConfig) -> RoleError | None:
     """Why a worker that answers must still be replaced, or None."""
     if status.failure:
         return RolloutError(f"rollout: the engine of worker {status.name} failed: {status.failure}")
+    fetch_limit_s = (
+        2 * config.stage_deadline_s
+    )  # the fetch has its own deadline: this is for what that does not see
+    if status.fetching_s > fetch_limit_s:
+        return RolloutError(
+            f"rollout/stage: worker {status.name} has been fetching weights for {status.fetching_s:.0f} s: "
+            f"{status.where}.",
+            f"Look at its node and log; twice rollout.stage_deadline_s={config.stage_deadline_s:g} is allowed.",
+        )
     limits = {"loading": config.start_deadline_s, "adopting": config.stage_deadline_s}
     limit_s = max(limits.get(status.phase, 0.0), config.silence_deadline_s)
     if status.silent_s > limit_s:
         return RolloutError(
             f"rollout/{status.phase}: worker {status.name} made no progress for {status.silent_s:.0f} s "
-            f"with {status.in_flight} issues in flight.",
+            f"with {status.in_flight} issues in flight{f': {status.where}' if status.where else ''}.",
             "Raise rollout.silence_deadline_s if single steps take this long.",
         )
     return None
+
+
+def silence(member: Member, config: RolloutConfig, where: str) -> RoleError:
+    """Why a worker that did not answer a heartbeat is replaced."""
+    before = member.status.phase if member.status is not None else "starting"
+    asked = ", ".join(sorted(member.asked)[:5])
+    return RolloutError(
+        f"rollout/heartbeat: worker {member.name} has been silent for {config.silence_deadline_s:g} s; before, it was "
+        f"{before}{f', asked to draw {asked}' if asked else ''}; {where}.",
+        "Look at that worker's node and log; rollout.silence_deadline_s allows longer silences.",
+    )

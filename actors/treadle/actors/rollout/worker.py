@@ -19,6 +19,7 @@ from treadle.platform.contracts import Engine
 from treadle.platform.errors import BroadcastError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.records import Issue, Staged, WeightManifest, WeightVersion
+from treadle.platform.stacks import places
 
 Fetch = Callable[[WeightManifest, object, float], list[NDArray[np.uint8]]]
 """(manifest, ticket, deadline_s) -> the version's checked buckets, as `broadcast.transports.fetch`."""
@@ -38,6 +39,10 @@ class WorkerStatus:
     silent_s: float
     failure: str
     node: str = ""  # Ray's id of it
+    where: str = ""
+    """In which functions the process is, once its engine is silent, or weights are being fetched, for a second."""
+    fetching_s: float = 0.0
+    """For how long it has been fetching weights."""
 
 
 class RolloutWorker:
@@ -56,6 +61,7 @@ class RolloutWorker:
         self._fetch = fetch
         self._loop = EngineLoop(name)
         self._standby = Standby()
+        self._fetching_since_s: float | None = None  # monotonic
         self._staged: WeightVersion | None = None  # in the standby, and not adopted yet
         self._standby_lock = (
             asyncio.Lock()
@@ -84,14 +90,17 @@ class RolloutWorker:
         Raises `StaleBaseError` for a delta that needs other weights than are there, otherwise `BroadcastError` or
         `DeadlineError`.
         """
-        failpoint("rollout.before_stage")
         async with self._standby_lock:
-            self._staged = None
-            answer = await asyncio.to_thread(self._stage, manifest, ticket)
+            self._staged, self._fetching_since_s = None, time.monotonic()
+            try:
+                answer = await asyncio.to_thread(self._stage, manifest, ticket)
+            finally:
+                self._fetching_since_s = None
             self._staged = manifest.version
         return answer
 
     def _stage(self, manifest: WeightManifest, ticket: object) -> Staged:
+        failpoint("rollout.before_stage")
         start = time.monotonic()
         buckets = self._fetch(manifest, ticket, self._config.stage_deadline_s)
         fetched = time.monotonic()
@@ -123,6 +132,7 @@ class RolloutWorker:
 
     def status(self) -> WorkerStatus:
         loop = self._loop
+        fetching_s = time.monotonic() - self._fetching_since_s if self._fetching_since_s is not None else 0.0
         return WorkerStatus(
             name=loop.name,
             phase=loop.phase,
@@ -132,6 +142,8 @@ class RolloutWorker:
             drawn_tokens=loop.drawn_tokens,
             silent_s=loop.silent_s,
             failure=loop.failure,
+            where=places() if max(loop.silent_s, fetching_s) > 1 else "",
+            fetching_s=fetching_s,
         )
 
     def close(self) -> None:

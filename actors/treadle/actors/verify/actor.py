@@ -12,12 +12,14 @@ from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, Ray
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
+from treadle.actors.stacks import where
 from treadle.actors.verify.asked import JudgeRequest
 from treadle.actors.verify.client import ActorLostError, VerifierPool, VerifyHandle
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.pool import ProcessPool
 from treadle.platform.errors import RoleError, TreadleError, VerifierError
 from treadle.platform.records import Ref, Verdict
+from treadle.platform.stacks import places
 
 _LINGER_S = 0.005
 """Groups that came together are judged within moments of each other: their verdicts are fetched in one call."""
@@ -26,9 +28,9 @@ Verdicts: TypeAlias = tuple[Verdict, ...]
 
 
 # Ray would restart it without its processes, and without counting: the client replaces it within a budget.
-@ray.remote(max_restarts=0, max_task_retries=0)
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
 class VerifyActor:
-    """See `ProcessPool`. Async, so that many groups wait in it at once."""
+    """See `ProcessPool`. Async, so that many groups wait in it at once; `where` answers while everything else hangs."""
 
     def __init__(self, config: VerifyConfig) -> None:
         self._pool = ProcessPool(config)
@@ -56,6 +58,10 @@ class VerifyActor:
 
     async def ping(self) -> None:
         """Answers while the event loop turns."""
+
+    @ray.method(concurrency_group="health")
+    async def where(self) -> str:
+        return places()
 
 
 class RayVerifyHandle:
@@ -85,6 +91,9 @@ class RayVerifyHandle:
 
     async def ping(self) -> None:
         await _answer(call(self.actor, "ping"), "ping")
+
+    async def where(self) -> str:
+        return await where(self.actor)
 
     def kill(self) -> None:
         ray.kill(self.actor, no_restart=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from treadle.actors.replaced import Replaced, Told, tell_nobody
@@ -26,11 +26,15 @@ class ActorLostError(VerifierError):
 
 
 class VerifyHandle(Protocol):
-    """One verify actor. `judge` and `ping` raise `ActorLostError` when it is gone."""
+    """One verify actor. `judge` and `ping` raise `ActorLostError` when it is gone, `where` never raises."""
 
     async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]: ...
 
     async def ping(self) -> None: ...
+
+    async def where(self) -> str:
+        """Where an actor that does not answer hangs, as far as can be found out within a few seconds."""
+        ...
 
     def kill(self) -> None: ...
 
@@ -44,6 +48,8 @@ class _Slot:
     index: int
     handle: VerifyHandle | None
     load: int = 0
+    asked: set[str] = field(default_factory=set)
+    """Groups that it is judging."""
     probe: asyncio.Task[None] | None = None
 
 
@@ -63,6 +69,7 @@ class VerifierPool:
         self._slots: list[_Slot] = []
         self._counter = VerdictCounter()
         self._respawns_left = config.respawns
+        self._first_cause = ""
         self.hedged = 0
         self.told: Told = tell_nobody
 
@@ -136,6 +143,7 @@ class VerifierPool:
             handle = slot.handle
             assert handle is not None
             slot.load += 1
+            slot.asked.add(request.group_id)
             try:
                 return await handle.judge(request, texts)
             except asyncio.CancelledError:  # the deadline, perhaps because the actor hangs
@@ -148,10 +156,11 @@ class VerifierPool:
                 return _without_answer(request, VerdictStatus.FAILED, error.message)
             finally:
                 slot.load -= 1
+                slot.asked.discard(request.group_id)
         if not reason:
             raise VerifierError(
                 f"verify, judge {request.group_id}: no verify actor is left after "
-                f"{self._config.respawns} respawns.",
+                f"{self._config.respawns} respawns; first cause: {self._first_cause}",
                 "Look for the cause in the actors' logs; verify.respawns allows more.",
             )
         return _without_answer(request, VerdictStatus.FAILED, reason)
@@ -163,10 +172,10 @@ class VerifierPool:
     def _suspect(self, slot: _Slot, handle: VerifyHandle) -> asyncio.Task[None]:
         """The one probe of an actor under suspicion. It outlives the call that raised the suspicion."""
         if slot.probe is None or slot.probe.done():
-            slot.probe = asyncio.create_task(self._probe(slot, handle))
+            slot.probe = asyncio.create_task(self._probe(slot, handle, sorted(slot.asked)))
         return slot.probe
 
-    async def _probe(self, slot: _Slot, suspect: VerifyHandle) -> None:
+    async def _probe(self, slot: _Slot, suspect: VerifyHandle, judging: Sequence[str]) -> None:
         """Replaces an actor that does not answer a ping; one that does keeps its place."""
         if slot.handle is not suspect:
             return  # replaced while this suspicion arose
@@ -175,7 +184,14 @@ class VerifierPool:
                 await suspect.ping()
         except (TimeoutError, RoleError) as error:
             noticed_s = time.monotonic()
-            cause = str(error) or f"it did not answer a ping within {PING_DEADLINE_S:g} s"
+            cause = str(error) or (
+                f"it gave no verdict within verify.judge_deadline_s={self._config.judge_deadline_s:g}, and does not "
+                f"answer a ping within {PING_DEADLINE_S:g} s; {await suspect.where()}"
+            )
+            cause = (
+                f"verify-{slot.index}, judging {', '.join(judging[:5]) or 'nothing'}: {cause.rstrip('.')}."
+            )
+            self._first_cause = self._first_cause or cause
             _LOG.warning("verify: replacing an actor: %s", cause)
             suspect.kill()
             slot.handle = await self._replacement(slot.index)

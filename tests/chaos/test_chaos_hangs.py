@@ -1,0 +1,135 @@
+"""A process of each role hangs in each of its phases, and nothing is mended: the run stops in time, with one sentence
+that names role, process, phase and setting, and `treadle status` says the same.
+
+A verifier process that hangs is no hang of the run: row 3.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.ray,
+    pytest.mark.deepspeed,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+]
+
+SETTINGS = (
+    "recovery.max_recoveries=0",
+    "recovery.driver_deadline_s=6",
+    "rollout.max_restarts=0",
+    "rollout.heartbeat_s=0.5",
+    "rollout.silence_deadline_s=5",
+    "rollout.stage_deadline_s=4",
+    "broadcast.stage_deadline_s=3",
+    "learner.heartbeat_s=0.5",
+    "learner.silence_deadline_s=5",
+    "learner.step_deadline_s=8",
+    "broadcast.max_restarts=0",
+    "broadcast.heartbeat_s=0.5",
+    "broadcast.silence_deadline_s=5",
+    "verify.respawns=0",
+    "verify.deadline_s=4",
+    "verify.judge_deadline_s=6",
+)
+MARGIN_S = 20.0
+"""Beyond the deadline: a ping (5 s), answers of processes that give none (3 s each), and closing all roles."""
+
+
+SILENT, STEP = "rollout.silence_deadline_s", "learner.step_deadline_s"
+COORDINATOR = "weight coordinator has been silent for 5 s"
+HANGS: dict[str, tuple[Any, ...]] = {
+    "rollout.before_draw=sleep:600@4": (5, "worker rollout-", "silent for 5 s", "asked to draw rl/", SILENT),
+    "rollout.mid_generation=sleep:600@9": (5, "worker rollout-", "rollout/drawing", "in _advance (", SILENT),
+    "rollout.before_return=sleep:600@5": (5, "worker rollout-", "rollout/drawing", "in _collect (", SILENT),
+    "rollout.mid_generation=freeze@9": (
+        5,
+        "worker rollout-",
+        "it does not say where",
+        "asked to draw rl/",
+        SILENT,
+    ),
+    "rollout.before_stage=sleep:600@3": (
+        8,
+        "worker rollout-",
+        "fetching weights",
+        "in _stage (",
+        "rollout.stage_deadline_s",
+    ),
+    "rollout.before_flip=sleep:600@3": (5, "worker rollout-", "silent for 5 s", SILENT),
+    "verify.before_judge=sleep:600@4": (
+        6,
+        "verify-0, judging rl/",
+        "verify.judge_deadline_s",
+        "verify.respawns",
+    ),
+    "learner.before_step[1]=sleep:600@3": (8, "rank 1 is not done", "opening references in step (", STEP),
+    "learner.before_step[0]=freeze@3": (5, "rank 0 has been silent for 5 s", "learner.silence_deadline_s"),
+    "learner.after_backward=sleep:600@3": (
+        8,
+        "learner.step 2",
+        "is not done after 8 s: forward and backward",
+        "in _update (",
+        STEP,
+    ),
+    "learner.after_optimizer_step=sleep:600@3": (8, "learner.step 2", "in _update (", STEP),
+    "learner.before_save=sleep:600@1": (8, "learner.save to", "save in save (", STEP),
+    "learner.mid_save=sleep:600@1": (8, "learner.save to", "rank 0 is not done", "in write (", STEP),
+    "broadcast.before_publish=sleep:600@3": (
+        5,
+        COORDINATOR,
+        "it hangs in publish (",
+        "broadcast.silence_deadline_s",
+    ),
+    "broadcast.between_phases=sleep:600@3": (
+        5,
+        COORDINATOR,
+        "it hangs in _carry (",
+        "broadcast.silence_deadline_s",
+    ),
+    "broadcast.after_flip=sleep:600@3": (
+        5,
+        COORDINATOR,
+        "it hangs in _carry (",
+        "broadcast.silence_deadline_s",
+    ),
+    "driver.after_lease=sleep:600@3": (
+        6,
+        "driver: it hangs in leased (",
+        "rl, step 2",
+        "recovery.driver_deadline_s",
+    ),
+}
+"""By fault: the seconds within which it must be found, and words of the sentence."""
+
+
+@pytest.mark.parametrize("fault", HANGS)
+def test_a_hang_is_told_within_its_deadline_with_its_true_place(tmp_path: Path, fault: str) -> None:
+    deadline_s, *words = HANGS[fault]
+    folder, once = tmp_path / "run", tmp_path / "once"
+    once.mkdir()
+    program, ended = patiently(
+        *("run", str(TINY), WITH_PROMPTS, *SETTINGS, "--dir", str(folder)),
+        TREADLE_FAILPOINTS=fault,
+        TREADLE_FAILPOINTS_ONCE=str(once),
+    )
+    told_s = time.time() - next(once.iterdir()).stat().st_mtime
+    print(f"{fault}: told after {told_s:.1f} s: {ended.complaint}")
+    assert ended.code == 1, ended
+    for word in words:
+        assert word in ended.complaint
+    assert told_s < deadline_s + MARGIN_S
+    assert program.all_but_agents_gone(), program.survivors()
+    failures = [json.loads(file.read_text()) for file in sorted((folder / "failures").glob("*.json"))]
+    status = Program(words=("status", str(folder))).run()
+    assert f"first failure: {failures[0]['error']}: {failures[0]['message']}" in status.out
+    assert failures[0]["message"].removesuffix(" Not mended: recovery.max_recoveries=0.") in ended.complaint
+    assert f"continue with: treadle resume {folder}" in status.out
