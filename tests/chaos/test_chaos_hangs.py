@@ -1,7 +1,8 @@
 """A process of each role hangs in each of its phases, and nothing is mended: the run stops in time, with one sentence
 that names role, process, phase and setting, and `treadle status` says the same.
 
-A verifier process that hangs is no hang of the run: row 3.
+A verifier process that hangs is no hang of the run: row 3. Nor is an engine that hangs while it fetches weights: the
+others draw, and it is replaced.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ SETTINGS = (
     "rollout.max_restarts=0",
     "rollout.heartbeat_s=0.5",
     "rollout.silence_deadline_s=5",
-    "rollout.stage_deadline_s=4",
-    "broadcast.stage_deadline_s=3",
     "learner.heartbeat_s=0.5",
     "learner.silence_deadline_s=5",
     "learner.step_deadline_s=8",
@@ -40,7 +39,7 @@ SETTINGS = (
     "verify.deadline_s=4",
     "verify.judge_deadline_s=6",
 )
-MARGIN_S = 20.0
+MARGIN_S = 25.0
 """Beyond the deadline: a ping (5 s), answers of processes that give none (3 s each), and closing all roles."""
 
 
@@ -56,13 +55,6 @@ HANGS: dict[str, tuple[Any, ...]] = {
         "it does not say where",
         "asked to draw rl/",
         SILENT,
-    ),
-    "rollout.before_stage=sleep:600@3": (
-        8,
-        "worker rollout-",
-        "fetching weights",
-        "in _stage (",
-        "rollout.stage_deadline_s",
     ),
     "rollout.before_flip=sleep:600@3": (5, "worker rollout-", "silent for 5 s", SILENT),
     "verify.before_judge=sleep:600@4": (

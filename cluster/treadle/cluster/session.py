@@ -139,7 +139,7 @@ def _embedded(
                 )
                 yield _session(ray, embedded=True)
             finally:
-                family = _family(folder)
+                family = _family()
                 ray.shutdown()
                 _end_frozen(family)
     finally:
@@ -232,14 +232,10 @@ def _end_processes(folder: str) -> None:
                 child.kill()
 
 
-def _family(folder: str) -> set[psutil.Process]:
-    """Ray's own processes, which name the folder, and all that they have started."""
-    family: set[psutil.Process] = set()
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if any(folder in word for word in child.cmdline()):
-                family |= {child, *child.children(recursive=True)}
-    return family
+def _family() -> set[psutil.Process]:
+    """What this process's children have started: the workers, of the raylet or of the template."""
+    mine = psutil.Process()
+    return {*mine.children(recursive=True)} - {*mine.children()}
 
 
 def _end_frozen(family: Iterable[psutil.Process]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from treadle.actors.replaced import Replaced
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.pool import RolloutPool
+from treadle.actors.rollout.supervision import verdict
+from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DataError, DeadlineError, PoisonedError, RolloutError
 from treadle.platform.records import Drawn, Group, WeightVersion
 
@@ -321,3 +324,16 @@ def test_a_worker_that_never_starts_is_a_deadline_error() -> None:
 
     with pytest.raises(DeadlineError, match=r"rollout/start: worker rollout-\d did not answer within 0.2 s"):
         bench.run(use)
+
+
+def test_a_worker_that_fetches_weights_forever_is_replaced() -> None:
+    config = RolloutConfig(stage_deadline_s=4.0)
+    status = WorkerStatus(
+        name="rollout-0", phase="idle", version=WeightVersion(step=2), in_flight=0, progress=9, drawn_tokens=9,
+        silent_s=0.1, failure="", where="in _stage (actors/rollout/worker.py:98)", fetching_s=7.0,
+    )  # fmt: skip
+    assert verdict(status, config) is None, "one repetition is allowed"
+    reason = verdict(dataclasses.replace(status, fetching_s=8.5), config)
+    assert reason is not None
+    assert "rollout-0 has been fetching weights for 8 s: in _stage" in reason.message
+    assert "rollout.stage_deadline_s=4" in reason.remedy
