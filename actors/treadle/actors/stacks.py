@@ -32,7 +32,7 @@ async def where(actor: Any) -> str:
     `ANSWER_S`: the actor has a thread for this question."""
     try:
         async with asyncio.timeout(ANSWER_S):
-            places = str(await actor.where.remote())
+            places = str(await call(actor, "where"))
     except (RayError, TimeoutError):
         return "it does not say where (a frozen process, or one that is cut off)"
     return f"it hangs {places}" if places else "it hangs outside of our code"

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.probe import Probe
-from treadle.actors.calls import call_once
+from treadle.actors.calls import call, call_once
 from treadle.actors.deaths import why
 from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.stacks import ANSWER_S, where
@@ -104,7 +104,7 @@ class Broadcaster:
         """What the coordinator says it is doing, nothing where it does not answer within a few seconds."""
         try:
             async with asyncio.timeout(ANSWER_S):
-                return str(await self._coordinator.phase.remote())
+                return str(await call(self._coordinator, "phase"))
         except (TimeoutError, RayActorError):
             return ""
 
@@ -188,7 +188,7 @@ async def _silence(coordinator: Any, config: BroadcastConfig) -> str:
         await asyncio.sleep(config.heartbeat_s)
         try:
             async with asyncio.timeout(config.silence_deadline_s):
-                before = str(await coordinator.phase.remote())
+                before = str(await call(coordinator, "phase"))
         except TimeoutError:
             return before
         except RayActorError:
