@@ -23,6 +23,7 @@ from treadle.actors.broadcast.client import Broadcaster
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.probe import Probe, probe_sequences
+from treadle.actors.calls import once
 from treadle.kernels.digest import state_digest
 from treadle.platform.contracts import Broadcast
 from treadle.platform.errors import BroadcastError, MismatchError
@@ -39,6 +40,7 @@ CONFIG = BroadcastConfig(
 
 @ray.remote(num_cpus=0)
 class Rank(FakeRank):
+    @once
     def publish(self, step: int, outgoing: Outgoing, bases: Collection[str]) -> Any:
         return super().publish(step, outgoing, bases)
 
@@ -48,9 +50,11 @@ class Rank(FakeRank):
 
 @ray.remote(num_cpus=0)
 class Engine(FakeEngine):
+    @once
     def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
         return super().stage(manifest, ticket)
 
+    @once
     def flip(self, version: WeightVersion) -> str:
         failpoint("rollout.before_flip")
         return super().flip(version)
@@ -312,9 +316,11 @@ def test_a_coordinator_that_dies_is_replaced_and_the_version_published_once_more
 class Frozen:
     """A coordinator whose event loop stands still in `publish`."""
 
+    @once
     async def register(self) -> int:
         return 1
 
+    @once
     async def publish(self, step: int, token: int) -> None:
         time.sleep(3600)
 
