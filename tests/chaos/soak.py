@@ -222,6 +222,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
     given = parser.parse_args()
+    # Where a shell has put this into the background it ignores Ctrl-C, and so would the run that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="treadle-soak-") as parent:
         soak = Soak(Path(parent) / "run", given.seed)
         windows: list[Window] = []
