@@ -65,6 +65,7 @@ class PlainRun:
             say=lambda text: None,
             event=lambda kind, fields, stage: self.told.append(fields),
             redactor=redactor,
+            mlflow=None,
         )
 
     def step_of(self, stage: str) -> int:
