@@ -36,6 +36,7 @@ CXX_FLAGS = (
         "-Wall",
         "-Wextra",
     ),
+    "-fno-math-errno",  # a square root is an instruction, not a call into libm
     "-ffp-contract=off",  # a fused multiply-add on one side only would break equality with the GPU
 )
 AVX2 = ("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")

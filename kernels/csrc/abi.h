@@ -143,3 +143,21 @@ TREADLE_API int treadle_combine_rows(const void* rows, int64_t kind, const int32
 TREADLE_API int treadle_streamed_mm(const void* a, const void* b, void* out, int64_t m, int64_t n, int64_t k,
                                     int64_t kind, const uint32_t* ready, int64_t chunk_rows, int64_t epoch,
                                     int64_t deadline_us, int64_t* verdict, uint64_t lane);
+
+// The CPU library alone: a decode step of a transformer beside its matrix products. fp32; sizes are multiples of 16, those
+// of heads of 32 and at most 256. A row's bits depend on nothing but the row.
+#ifndef __CUDACC__
+// out[rows][size] = x / sqrt(mean x² + *eps) · weight[size].
+TREADLE_API int treadle_rms_norm(const float* x, const float* weight, int64_t rows, int64_t size, const float* eps,
+                                 float* out, uint64_t lane);
+// out[rows][size] = silu(gate) · up for gate_up[rows][gate, up][size].
+TREADLE_API int treadle_silu_gate(const float* gate_up, int64_t rows, int64_t size, float* out, uint64_t lane);
+// qkv[rows][heads + 2 · kv_heads][size]: row r's key (turned by cos and sin[position][size]) and value go to
+// keys and values[r][kv_heads][capacity][size] at positions[r], then its turned queries, times scale_eps[0], attend to
+// everything up to there. q_norm and k_norm[size], or null: a root-mean-square norm of the heads before they are
+// turned, with scale_eps[1].
+TREADLE_API int treadle_decode_attention(const float* qkv, const int64_t* positions, const float* cos, const float* sin,
+                                         const float* q_norm, const float* k_norm, const float* scale_eps, float* keys,
+                                         float* values, float* out, int64_t rows, int64_t heads, int64_t kv_heads,
+                                         int64_t size, int64_t capacity, uint64_t lane);
+#endif

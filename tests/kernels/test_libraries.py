@@ -49,7 +49,8 @@ EXPORTED = {
     "treadle_streamed_mm",
     "treadle_unpack",
 }
-CPU_BYTES, CUDA_BYTES = 250_000, 1_500_000
+CPU_ONLY = {"treadle_decode_attention", "treadle_rms_norm", "treadle_silu_gate"}
+CPU_BYTES, CUDA_BYTES = 320_000, 1_500_000
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def _declared() -> set[str]:
 
 
 def test_the_cpu_library_exports_its_interface_and_needs_the_c_library_alone(cpu_library: Path) -> None:
-    assert _symbols(cpu_library) == EXPORTED == _declared()
+    assert _symbols(cpu_library) == EXPORTED | CPU_ONLY == _declared()
     assert _needed(cpu_library) == {"libc.so.6"}
     assert _newest_glibc(cpu_library) <= (2, 34)
     assert cpu_library.stat().st_size < CPU_BYTES

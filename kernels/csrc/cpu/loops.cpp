@@ -203,9 +203,11 @@ void reduce(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, in
 
 #include "encode_block.h"
 #include "multiply.h"
+#include "decode.h"
 
 }  // namespace
 
-extern const Loops TREADLE_LOOPS = {digest, digest_at, cast_diff, reduce, multiply, encode_block};
+extern const Loops TREADLE_LOOPS = {digest,   digest_at,    cast_diff, reduce,    multiply,
+                                     encode_block, rms_norm,  silu_gate, attend};
 
 }  // namespace treadle

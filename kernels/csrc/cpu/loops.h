@@ -15,6 +15,19 @@ struct Keys {
 
 constexpr int64_t PANEL = 32, ROWS_AT_ONCE = 4;
 
+// The arguments of treadle_decode_attention.
+constexpr int64_t MAX_HEAD = 256, HEADS_AT_ONCE = 4;
+struct DecodeAttention {
+    const float* qkv;
+    const int64_t* positions;
+    const float *cos, *sin, *q_norm, *k_norm;
+    float scale, eps;
+    float *keys, *values, *out;
+    int64_t heads, kv_heads, size, capacity;
+
+    int64_t score_stride() const { return (capacity + 15) / 16 * 16; }
+};
+
 struct Loops {
     void (*digest)(const void* bits, int64_t n, int width, Keys keys, uint64_t* lanes);
     // Element i is at flat index index[i]; `keys.key` is k₁.
@@ -31,6 +44,10 @@ struct Loops {
     // Appends a block to the encoder's bytes and returns its entry in the table. In dirty mode the block's bitmap
     // lies in the encoder.
     uint32_t (*encode_block)(Encoder& e, const Source& s, bool steps);
+    // The three of decode.cpp, without their threads.
+    void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* out);
+    void (*silu_gate)(const float* gate_up, int64_t rows, int64_t size, float* out);
+    void (*attend)(const DecodeAttention& a, int64_t row, float* scratch);
 };
 
 extern const Loops loops_scalar, loops_avx2, loops_avx512;

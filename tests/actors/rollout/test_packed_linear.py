@@ -27,9 +27,9 @@ def large_layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two models of 2.8M weights in linear layers."""
+    """Two models of 2.8M weights in linear layers, with heads too small for a decode step of their own."""
     return [
-        write_model(tmp_path_factory.mktemp("large"), width=256, layers=4, heads=8, seed=seed, spread=0.08)
+        write_model(tmp_path_factory.mktemp("large"), width=256, layers=4, heads=16, seed=seed, spread=0.08)
         for seed in (0, 1)
     ]
 
@@ -56,7 +56,7 @@ def test_packed_layers_compute_what_plain_ones_do(dtype: torch.dtype, tolerance:
 
 
 @torch.inference_mode()
-def test_new_weights_count_from_the_next_repacking_on() -> None:
+def test_new_weights_count_from_the_next_renewal_on() -> None:
     model = large_layers()
     packed = pack_linears(model, 32)
     x = torch.randn(4, 1024)
@@ -65,7 +65,7 @@ def test_new_weights_count_from_the_next_repacking_on() -> None:
         layer.weight.mul_(2.0)
     torch.testing.assert_close(model(x), old, atol=0, rtol=0)
     for layer in packed:
-        layer.repack()
+        layer.renew()
     assert not torch.allclose(model(x), old)
 
 
@@ -85,6 +85,7 @@ def test_an_engine_with_packed_layers_scores_like_transformers_and_so_after_adop
 ) -> None:
     model = HfModel(RolloutConfig(max_context_tokens=96), folders[0])
     assert model.packed_layers == 4 * 7 + 1
+    assert not model.decode_is_written_out
     np.testing.assert_allclose(model.logprobs(SEQUENCES), hf_logprobs(folders[0]), atol=1e-4)
     state = AutoModelForCausalLM.from_pretrained(folders[1]).state_dict()
     del state["lm_head.weight"]  # tied

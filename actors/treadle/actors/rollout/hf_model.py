@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.kv_cache import ATTENTION, PrefillCache, SlotCache
+from treadle.actors.rollout.llama_decode import LlamaDecode, looks_like_llama
 from treadle.actors.rollout.packed_linear import pack_linears
 from treadle.kernels.digest import state_digest
 from treadle.platform.errors import ConfigError, DataError, MismatchError
@@ -46,20 +47,29 @@ class HfModel:
         self.eos = _eos_ids(self._model, self.tokenizer, folder)
         _check_context(self._model.config, config.max_context_tokens, folder)
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
-        self._packed = pack_linears(self._model, config.slots)
         self.batch_prefill = True
         """Whether sequences of one padded length share a forward; off where rows are not independent."""
+        self._llama = self._written_out(config)
+        # Without a decode step of its own, the model decodes with these; prefill alone does not need them.
+        self._packed = [] if self._llama else pack_linears(self._model, config.slots)
 
     @property
     def packed_layers(self) -> int:
-        """Linear layers that compute with packed weights."""
+        """Linear layers of transformers' modules that compute with packed weights."""
         return len(self._packed)
+
+    @property
+    def decode_is_written_out(self) -> bool:
+        """Whether decode steps go without transformers' modules."""
+        return self._llama is not None
 
     def decode(
         self, tokens: torch.Tensor, positions: torch.Tensor, longest: int, cache: SlotCache
     ) -> torch.Tensor:
         """Logits [n, V] after `tokens` [n] at `positions` [n], whose K and V enter the cache."""
         span = cache.aim(positions, longest)
+        if self._llama is not None:
+            return self._llama(tokens, positions, cache)
         later = torch.arange(span, device=positions.device) > positions[:, None]
         mask = torch.zeros(later.shape, dtype=self._model.dtype, device=later.device)
         mask.masked_fill_(later, -torch.inf)
@@ -70,7 +80,27 @@ class HfModel:
             past_key_values=cache,
             use_cache=True,
         )
-        return out.logits[:, 0]
+        return _tensor(out.logits)[:, 0]
+
+    @torch.inference_mode()
+    def _written_out(self, config: RolloutConfig) -> LlamaDecode | None:
+        """The model's decode step without modules, if that gives the logits that the modules give: of three tokens,
+        one right behind a common prefix, one in the middle of the context and one at its end."""
+        self._llama = None
+        if not looks_like_llama(self._model):
+            return None
+        context = config.max_context_tokens
+        prefix = np.arange(min(7, context - 1), dtype=np.int32) % self.vocabulary
+        positions = torch.tensor([len(prefix), context // 2, context - 1])
+        tokens = torch.arange(3) % self.vocabulary
+        logits = []
+        for written in (None, LlamaDecode(self._model, config.slots, context)):
+            self._llama = written
+            cache = SlotCache(3, config.kv_step_tokens)
+            cache.put([0, 1, 2], self.prefill([prefix])[0])
+            logits.append(self.decode(tokens, positions, context, cache))
+        same = torch.allclose(logits[0], logits[1], rtol=0, atol=1e-4 * float(logits[0].abs().max()))
+        return self._llama if same else None
 
     def prefill(self, sequences: Sequence[NDArray[np.int32]]) -> list[States]:
         """K and V of whole sequences, in their order."""
@@ -104,7 +134,9 @@ class HfModel:
             for name, tensor in given.items():
                 held[name].copy_(tensor)
             for layer in self._packed:
-                layer.repack()
+                layer.renew()
+            if self._llama is not None:
+                self._llama.renew()
         return state_digest((name, held[name].detach()) for name in given)
 
     def digest(self) -> str:
@@ -140,6 +172,11 @@ class HfModel:
         positions = torch.arange(length, device=ids.device).expand(len(chosen), -1)
         out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
         return ids, out[0]
+
+
+def _tensor(value: object) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def _load_model(config: RolloutConfig, folder: str) -> Any:

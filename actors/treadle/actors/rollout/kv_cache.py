@@ -69,6 +69,16 @@ class SlotCache(Cache):
             cache.view(-1, cache.shape[-1]).index_copy_(0, index, states.reshape(-1, states.shape[-1]))
         return keys[: self._rows, :, : self._span], values[: self._rows, :, : self._span]
 
+    def of_layer(
+        self, layer: int, heads: int, size: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all slots, [S, K, C, D], for whoever writes and reads them itself; C is at least what was aimed
+        at."""
+        if layer >= len(self._keys):
+            empty = like.new_empty(1, heads, 1, size)
+            self._ensure(layer, empty, empty)
+        return self._keys[layer], self._values[layer]
+
     def put(self, slots: list[int], states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copies one sequence's K and V ([K, T, D] per layer) to the head of each of `slots`."""
         if not states:
