@@ -54,23 +54,23 @@ def tiny_model(folder: Path, *, kind: str = "qwen2", seed: int = 0, **changes: A
 def drawn_samples(
     count: int, *, seed: int = 0, longest: int = 24, behaviour: bool = True
 ) -> list[TrainSample]:
-    """Samples of varied length with prompts of 2 to 4 tokens; the weights are 1 over all drawn tokens."""
+    """Samples of varied length, three to a prompt of 2 to 4 tokens; the weights are 1 over all drawn tokens."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(6, longest + 1, count)
-    prompts = rng.integers(2, 5, count)
-    drawn = int((lengths - prompts).sum())
+    prompts = [rng.integers(0, VOCAB, size).astype(np.int32) for size in rng.integers(2, 5, -(-count // 3))]
+    drawn = int(lengths.sum()) - sum(len(prompts[i // 3]) for i in range(count))
     return [
-        _drawn_sample(rng, int(n), int(p), 1.0 / drawn, behaviour)
-        for n, p in zip(lengths, prompts, strict=True)
+        _drawn_sample(rng, int(n), prompts[i // 3], 1.0 / drawn, behaviour) for i, n in enumerate(lengths)
     ]
 
 
 def _drawn_sample(
-    rng: np.random.Generator, length: int, prompt: int, weight: float, behaviour: bool
+    rng: np.random.Generator, length: int, prompt: NDArray[np.int32], weight: float, behaviour: bool
 ) -> TrainSample:
-    mask = np.arange(length) >= prompt
+    mask = np.arange(length) >= len(prompt)
+    completion = rng.integers(0, VOCAB, length - len(prompt)).astype(np.int32)
     return TrainSample(
-        token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
+        token_ids=np.concatenate([prompt, completion]),
         loss_mask=mask,
         advantages=np.full(length, rng.normal(), dtype=np.float32),
         weights=np.full(length, weight, dtype=np.float32),

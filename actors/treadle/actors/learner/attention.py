@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.actors.learner.imports import import_transformers
-from treadle.actors.learner.packing import PackedLayout
+from treadle.actors.learner.layout import PackedLayout
 from treadle.platform.errors import ConfigError
 
 PACKED = "treadle_packed"
@@ -64,6 +64,8 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    if layout.shares:
+        q, k, v = (x.index_select(0, layout.in_sequence) for x in (q, k, v))
     out = varlen_attn(
         q.contiguous(),
         k.contiguous(),
@@ -77,7 +79,7 @@ def _varlen(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out
+    return out.index_select(0, layout.from_sequence) if layout.shares else out
 
 
 def _rectangles(
