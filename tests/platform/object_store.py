@@ -27,8 +27,9 @@ class Faults:
     `always`. Only requests that `concern` says yes to (method, path) are counted and disturbed; with `whole_bucket` it
     is asked about listings and removals of many objects, too.
 
-    "500", "503", "403" and "404" are errors as S3 words them. "cut" promises the whole body and ends half-way. "stall"
-    does nothing for `stall_s`. "reset" resets the connection; "lost" does so after the request was carried out.
+    "500", "503", "403" and "404" are errors as S3 words them. "cut" promises the whole body and ends half-way, "flip"
+    sends it with one bit flipped. "stall" does nothing for `stall_s`. "reset" resets the connection; "lost" does so
+    after the request was carried out.
     """
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
@@ -50,6 +51,10 @@ class Faults:
         if fault == "cut":
             body = b"".join(self._application(environ, start_response))
             return [body[: len(body) // 2]]
+        if fault == "flip":
+            damaged = bytearray(b"".join(self._application(environ, start_response)))
+            damaged[len(damaged) // 2] ^= 4
+            return [bytes(damaged)]
         if fault in ("reset", "lost"):
             if fault == "lost":
                 list(self._application(environ, lambda *_: None))

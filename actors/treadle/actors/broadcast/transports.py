@@ -23,10 +23,10 @@ TRANSPORTS: dict[str, str] = {
     "object_store": "treadle.actors.broadcast.object_store:ObjectStoreTransport",
     "gloo": "treadle.actors.broadcast.gloo:GlooTransport",
     "chain": "treadle.actors.broadcast.chain:ChainTransport",
+    "url": "treadle.actors.broadcast.url:UrlTransport",
 }
 
-
-AUTO = "auto"
+AUTO, URL = "auto", "url"
 CHAIN_ABOVE_BYTES = 64 * 2**20
 CHAIN_ABOVE_NODES = 2
 
@@ -37,11 +37,12 @@ class Ticket(Protocol):
     transport: str
 
 
-def build(name: str) -> Transport:
-    """Raises `ConfigError` for an unknown name. Example: `build("object_store")`."""
+def build(name: str, **settings: object) -> Transport:
+    """The transport of that name, with settings of its own. Raises `ConfigError` for an unknown name. Example:
+    `build("object_store")`."""
     check_name(name)
     module, _, attribute = TRANSPORTS[name].partition(":")
-    transport: Transport = getattr(importlib.import_module(module), attribute)()
+    transport: Transport = getattr(importlib.import_module(module), attribute)(**settings)
     return transport
 
 
@@ -53,11 +54,14 @@ def check_name(name: str) -> None:
         )
 
 
-def chosen(name: str, total_bytes: int, engines: int, nodes: int) -> str:
-    """The transport that `name` stands for: of "auto", chains for what is large and goes to several nodes, where the
-    learner's link is the limit; otherwise the object store, which maps shared memory within a node."""
+def chosen(name: str, total_bytes: int, engines: int, nodes: int, far: bool = False) -> str:
+    """The transport that `name` stands for: of "auto", the URL where nodes are `far` from each other; chains for what
+    is large and goes to several nodes, where the learner's link is the limit; otherwise the object store, which maps
+    shared memory within a node."""
     if name != AUTO:
         return name
+    if far:
+        return URL
     many = min(engines, nodes) > CHAIN_ABOVE_NODES
     return "chain" if many and total_bytes > CHAIN_ABOVE_BYTES else "object_store"
 
