@@ -101,8 +101,11 @@ def test_a_url_that_cannot_be_used_is_told_before_anything_starts(
     faults.always = ""
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/x/probe-.*does not exist"):
         check_weights_url(config("s3://no-such-bucket/x"))
-    with pytest.raises(ConfigError, match=r"broadcast\.url=http://127.0.0.1:9/x cannot be written to"):
+    with pytest.raises(StorageError, match=r"cannot create http://127\.0\.0\.1:9/x/probe-"):
         check_weights_url(config("http://127.0.0.1:9/x"))
+    for read_only in ("data://x", "github://x"):
+        with pytest.raises(ConfigError, match=rf"broadcast\.url={read_only} cannot be written to"):
+            check_weights_url(config(read_only))
     with silent_endpoint() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(StorageError, match=f"{url}/y: the S3 endpoint {endpoint} does not answer"):

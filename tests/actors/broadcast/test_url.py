@@ -28,7 +28,7 @@ from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.phases import Receiver
-from treadle.actors.broadcast.transports import chosen, fetch
+from treadle.actors.broadcast.transports import chosen, fetch, spread
 from treadle.actors.broadcast.url import UrlTicket, UrlTransport, _Sender
 from treadle.platform import metric_names as names
 from treadle.platform.errors import BroadcastError, ConfigError, DeadlineError, StorageError
@@ -463,6 +463,14 @@ def test_the_url_is_chosen_where_nodes_are_far_from_each_other() -> None:
     assert chosen("auto", 2**30, 8, 8) == "chain"
     assert chosen("auto", 2**10, 1, 2) == "object_store"
     assert chosen("gloo", 2**10, 1, 2, far=True) == "gloo"
+
+
+def test_nodes_of_several_regions_are_far_from_each_other() -> None:
+    here, there = {"ray.io/availability-region": "eu-north-1"}, {"ray.io/availability-region": "us-west-2"}
+    assert spread([here, there])
+    assert not spread([here, here])
+    assert not spread([here, {}, {"ray.io/node-group": "rollout"}])
+    assert not spread([])
 
 
 def test_a_transport_without_its_url_says_so() -> None:

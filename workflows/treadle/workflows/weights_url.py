@@ -29,14 +29,16 @@ def check_weights_url(config: BroadcastConfig) -> None:
     or where one can not write, read and remove."""
     if not config.url:
         return
-    store, path, data = _store(config), f"probe-{secrets.token_hex(4)}", b"treadle"
+    path, data = f"probe-{secrets.token_hex(4)}", b"treadle"
     try:
+        store = _store(config)
         store.create_exclusive(path, data)
         found = store.try_read(path)
         store.remove(path)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError, TypeError) as error:
+        # A storage that is only read, or one that needs more than a URL.
         raise ConfigError(
-            f"broadcast.url={config.url} cannot be written to.", "Use s3:// or file://."
+            f"broadcast.url={config.url} cannot be written to ({error}).", "Use s3:// or file://."
         ) from error
     if found != data:
         raise StorageError(

@@ -12,12 +12,12 @@ from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.phases import EngineLostError, Offer
+from treadle.actors.broadcast.transports import spread
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
 from treadle.platform.stacks import places
 
-REGION = "ray.io/availability-region"
 OFFER_PART = 0.9
 """Of the time to gather and offer a version: who writes it shall be able to say what failed before time is up."""
 
@@ -70,7 +70,7 @@ class CoordinatorActor:
             dense_above=config.dense_above,
             engines=len(engines),
             nodes=len(nodes),
-            far=bool(config.url) and len({node["Labels"].get(REGION, "") for node in nodes}) > 1,
+            far=bool(config.url) and spread([node.get("Labels") or {} for node in nodes]),
             url=config.url,
             url_timeout_s=config.url_timeout_s,
             deadline_s=OFFER_PART * config.gather_deadline_s,

@@ -7,6 +7,7 @@ A transport is one file with a class that keeps `contracts.Transport` and a tick
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ TRANSPORTS: dict[str, str] = {
 AUTO, URL = "auto", "url"
 CHAIN_ABOVE_BYTES = 64 * 2**20
 CHAIN_ABOVE_NODES = 2
+REGION = "ray.io/availability-region"
 
 
 class Ticket(Protocol):
@@ -64,6 +66,11 @@ def chosen(name: str, total_bytes: int, engines: int, nodes: int, far: bool = Fa
         return URL
     many = min(engines, nodes) > CHAIN_ABOVE_NODES
     return "chain" if many and total_bytes > CHAIN_ABOVE_BYTES else "object_store"
+
+
+def spread(labels: Iterable[Mapping[str, str]]) -> bool:
+    """Whether nodes with these labels are in several regions; one that names none is near all others."""
+    return len({label[REGION] for label in labels if label.get(REGION)}) > 1
 
 
 def fetch(manifest: WeightManifest, ticket: object, deadline_s: float) -> list[NDArray[np.uint8]]:
