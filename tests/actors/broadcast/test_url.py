@@ -54,7 +54,7 @@ class Place:
         self.faults.due, self.faults.always = list(faults), always
 
     def heal(self) -> None:
-        self.faults.due, self.faults.always = [], ""
+        self.faults.due, self.faults.always, self.faults.stall_s = [], "", 3.0
 
     @property
     def store(self) -> Store:
@@ -175,7 +175,7 @@ def test_deltas_travel_between_whole_versions_and_only_what_is_needed_stays(plac
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("fault", ["503", "404", "cut", "flip", "stall", "reset"])
+@pytest.mark.parametrize("fault", ["503", "404", "cut", "flip", "slow", "stall", "reset"])
 def test_an_object_that_arrives_late_damaged_or_not_at_all_is_asked_for_again(
     place: Place, fault: str
 ) -> None:
@@ -277,7 +277,7 @@ def test_an_engine_that_cannot_reach_its_objects_keeps_its_version_whole_and_cat
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("fault", ["stall", "503"])
+@pytest.mark.parametrize("fault", ["slow", "stall", "503"])
 def test_a_bucket_that_answers_nobody_ends_the_publication_in_time_and_changes_no_engine(
     place: Place, fault: str
 ) -> None:
@@ -285,6 +285,7 @@ def test_a_bucket_that_answers_nobody_ends_the_publication_in_time_and_changes_n
         loom = Loom(place, deadline_s=3.0)
         await loom.publish(1)
         place.disturb(always=fault)
+        place.faults.stall_s = 10.0  # a byte comes in time, the object does not
         began = time.monotonic()
         with pytest.raises(
             BroadcastError,
