@@ -164,7 +164,7 @@ class _Sender:
     def _enter(cls, url: str, timeout_s: float, until: float) -> None:
         def ask() -> _Sender:
             store = opened(url, timeout_s)
-            return cls(store, timeout_s, [number_of(name) for name in store.list()])
+            return cls(store, timeout_s, [_number_of(name) for name in store.list()])
 
         cls._senders[url] = patiently(ask, until)
 
@@ -184,13 +184,11 @@ class _Sender:
             self._needed[folder] = (digest, base)
         try:
             listed = self._written(folder, manifest, buckets, until).encode()
-            path = f"{folder}/{MANIFEST}"
-            each(
-                lambda _: patiently(lambda: create(self._store, path, listed), until),
-                [path],
-                until,
-                self._store.url_of,
-            )
+
+            def seal(path: str) -> None:
+                patiently(lambda: create(self._store, path, listed), until)
+
+            each(seal, [f"{folder}/{MANIFEST}"], until, self._store.url_of)
         except BaseException:
             with self._changing:
                 del self._needed[folder]
@@ -248,7 +246,7 @@ class _Sender:
             with self._changing:
                 needed = set(self._needed)
             own = {folder for folder in folders - needed if folder.startswith(self._name)}
-            older = {f.partition("/")[0] for f in folders if 0 < number_of(f) < self._number}
+            older = {f.partition("/")[0] for f in folders if 0 < _number_of(f) < self._number}
             for folder in sorted(own | older):
                 self._store.remove(folder)
         except StorageError as error:
@@ -257,7 +255,7 @@ class _Sender:
             self._sweeping.release()
 
 
-def number_of(path: str) -> int:
+def _number_of(path: str) -> int:
     """Of the sender that a path below the URL belongs to; 0 for what no sender wrote."""
     head = path.split("-")[0]
     return int(head) if head.isdecimal() else 0
