@@ -118,6 +118,37 @@ def test_through_a_bucket_that_fails_stalls_and_lies_they_are_the_same_bits(
     assert {row[names.WEIGHTS_BY_DELTA] for row in rows} == ({2} if delta == "auto" else {0})
 
 
+@pytest.mark.s3
+@pytest.mark.chaos
+def test_whoever_is_killed_on_the_way_through_a_bucket_leaves_the_same_bits_and_no_object(
+    whole: Path, tmp_path: Path
+) -> None:
+    """A coordinator between the phases, a rank that has made a step, an engine that has staged it; then the driver."""
+    kills = (
+        "broadcast.between_phases=kill@2",
+        "learner.after_optimizer_step=kill@3",
+        "rollout.before_flip=kill@5",
+    )
+    (tmp_path / "once").mkdir()
+    folder = tmp_path / "run"
+    with served_bucket() as bucket:
+        _, ended = patiently(
+            *("run", str(TINY), WITH_PROMPTS, *BF16, "--dir", str(folder)),
+            *("broadcast.delta=auto", "broadcast.transport=url", f"broadcast.url={bucket.url}"),
+            TREADLE_FAILPOINTS=";".join([*kills, "driver.after_lease=kill@6"]),
+            TREADLE_FAILPOINTS_ONCE=str(tmp_path / "once"),
+        )
+        assert ended.code == -9, ended
+        assert len(list((tmp_path / "once").iterdir())) == len(kills) + 1, "a fault did not happen"
+        assert open_store(bucket.url).files()
+        program, ended = patiently("resume", str(folder))
+        assert ended.code == 0, ended
+        assert program.all_gone(), program.survivors()
+        assert open_store(bucket.url).files() == {}
+    assert summary_of(folder)["weights_digest"] == summary_of(whole)["weights_digest"]
+    assert samples_of(folder) == samples_of(whole)
+
+
 @pytest.mark.vllm
 def test_a_vllm_engine_refuses_every_damage_and_the_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "once").mkdir()
