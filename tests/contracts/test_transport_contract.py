@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from treadle.actors.broadcast.chain import ChainTicket
 from treadle.actors.broadcast.gloo import GlooTicket, GlooTransport
 from treadle.actors.broadcast.object_store import ObjectStoreTicket, ObjectStoreTransport
 from treadle.actors.broadcast.transports import TRANSPORTS, build, fetch
+from treadle.actors.broadcast.url import UrlTicket
 from treadle.platform.contracts import Transport
 from treadle.platform.errors import BroadcastError, ConfigError, DeadlineError
 from treadle.platform.records import WeightManifest
@@ -30,8 +31,8 @@ Buckets = list[NDArray[np.uint8]]
 
 @ray.remote(num_cpus=0)
 class Sender:
-    def __init__(self, name: str) -> None:
-        self.transport = build(name)
+    def __init__(self, name: str, settings: Mapping[str, object]) -> None:
+        self.transport = build(name, **settings)
 
     def pid(self) -> int:
         return os.getpid()
@@ -61,6 +62,12 @@ def name(request: pytest.FixtureRequest, ray_session: None) -> str:
 
 
 @pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """Of the transports that need any."""
+    return {"url": {"url": f"file://{tmp_path_factory.mktemp('weights')}"}}
+
+
+@pytest.fixture(scope="module")
 def fetchers(ray_session: None) -> Iterator[list[ray.actor.ActorHandle]]:
     """Two engines' processes, for all tests that leave them alive: starting one is what costs."""
     handles = [Fetcher.remote() for _ in range(2)]
@@ -70,9 +77,11 @@ def fetchers(ray_session: None) -> Iterator[list[ray.actor.ActorHandle]]:
 
 
 @pytest.fixture(scope="module")
-def senders(ray_session: None) -> Iterator[dict[str, ray.actor.ActorHandle]]:
+def senders(
+    ray_session: None, settings: dict[str, dict[str, object]]
+) -> Iterator[dict[str, ray.actor.ActorHandle]]:
     """One learner process per transport, for all tests that leave it alive."""
-    handles = {name: Sender.remote(name) for name in TRANSPORTS}
+    handles = {name: Sender.remote(name, settings.get(name, {})) for name in TRANSPORTS}
     yield handles
     for handle in handles.values():
         ray.kill(handle)
@@ -142,16 +151,16 @@ def test_damaged_buckets_are_refused_and_named(
 
 
 def test_a_dead_sender_means_its_last_bytes_or_an_error_but_no_hang(
-    name: str, fetcher: ray.actor.ActorHandle
+    name: str, fetcher: ray.actor.ActorHandle, settings: dict[str, dict[str, object]]
 ) -> None:
-    """Shared memory may outlive its writer by a moment; a connection does not."""
-    sender = Sender.remote(name)
+    """Shared memory may outlive its writer by a moment, and files do; a connection does not."""
+    sender = Sender.remote(name, settings.get(name, {}))
     manifest, buckets, ticket = _sent_by(sender)
     os.kill(ray.get(sender.pid.remote()), signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(sender.pid.remote())
     fetched = fetcher.fetch.remote(manifest, ticket, 20.0)
-    if name != "object_store":
+    if name not in ("object_store", "url"):
         with pytest.raises(BroadcastError, match="version 1"):
             ray.get(fetched, timeout=15)
         return
@@ -162,9 +171,10 @@ def test_a_dead_sender_means_its_last_bytes_or_an_error_but_no_hang(
     assert _same(arrived, buckets)
 
 
-def test_what_comes_too_late_is_a_deadline_error(name: str) -> None:
+def test_what_comes_too_late_is_a_deadline_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, _ = _version()
     silent = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
     pending = never.remote()
     tickets = {
         "object_store": ObjectStoreTicket(step=1, buckets=(pending,)),
@@ -184,6 +194,14 @@ def test_what_comes_too_late_is_a_deadline_error(name: str) -> None:
             chunk_crc32=(),
             rotations=1,
             key=b"k",
+        ),
+        "url": UrlTicket(
+            step=1,
+            url="s3://bucket/weights",
+            folder="0001-00000000/000001",
+            manifest_bytes=1,
+            manifest_crc32=1,
+            timeout_s=1.0,
         ),
     }
     start = time.monotonic()

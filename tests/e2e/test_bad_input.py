@@ -117,6 +117,18 @@ SETTINGS = {
     ),
     "a weight that is no number": (["verify.parts.accuracy=.inf"], ("verify.parts.accuracy",)),
     "cuda without a GPU to ask for": (["rollout.device=cuda"], ("rollout.gpus",)),
+    "a transport without its URL": (
+        ["broadcast.transport=url"],
+        ("broadcast.transport=url", "broadcast.url=s3"),
+    ),
+    "a URL for weights that travel otherwise": (
+        ["broadcast.url=s3://b/x"],
+        ("broadcast.url=s3://b/x", "broadcast.transport=url"),
+    ),
+    "a URL in the memory of one process": (
+        ["broadcast.transport=url", "broadcast.url=memory://x"],
+        ("broadcast.url=memory://x", "s3://"),
+    ),
     "an unknown engine": (["rollout.engine=vlm"], ("rollout.engine=vlm", "vllm")),
 }
 

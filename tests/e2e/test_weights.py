@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from tests.e2e.buckets import served_bucket
 from tests.e2e.programs import TINY, WITH_PROMPTS, patiently, samples_of, summary_of
 
 from treadle.platform import metric_names as names
+from treadle.platform.storage import open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -89,6 +91,62 @@ def test_damages_are_counted_and_only_changes_travel(by_delta: Path, whole: Path
     assert all(row[names.WEIGHTS_SENT_BYTES] == row[names.WEIGHTS_DENSE_BYTES] for row in plain)
     print("times smaller:", [r[names.WEIGHTS_DENSE_BYTES] / r[names.WEIGHTS_SENT_BYTES] for r in untouched])
     assert 'id="weights"' in (by_delta / "report.html").read_text()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("delta", ["off", "auto"])
+def test_through_a_bucket_that_fails_stalls_and_lies_they_are_the_same_bits(
+    whole: Path, tmp_path: Path, delta: str
+) -> None:
+    troubles = ["flip", "cut", "404", "503", "stall", "flip", "reset", "cut"]
+    with served_bucket() as bucket:
+        bucket.faults.concern = lambda method, path: method == "GET" and "/probe-" not in path
+        bucket.faults.due = list(troubles)
+        run = trained(
+            tmp_path / "run",
+            *("broadcast.transport=url", f"broadcast.url={bucket.url}", "broadcast.url_timeout_s=1.5"),
+            f"broadcast.delta={delta}",
+        )
+        assert not bucket.faults.due, "a fault did not happen"
+        assert open_store(bucket.url).files() == {}
+    mine, theirs = summary_of(run), summary_of(whole)
+    assert mine["weights_digest"] == theirs["weights_digest"]
+    assert samples_of(run) == samples_of(whole)
+    assert mine["recoveries"] == 0
+    rows = metrics_of(run)
+    assert sum(row[names.WEIGHTS_BEHIND] for row in rows) == 0
+    assert {row[names.WEIGHTS_BY_DELTA] for row in rows} == ({2} if delta == "auto" else {0})
+
+
+@pytest.mark.s3
+@pytest.mark.chaos
+def test_whoever_is_killed_on_the_way_through_a_bucket_leaves_the_same_bits_and_no_object(
+    whole: Path, tmp_path: Path
+) -> None:
+    """A coordinator between the phases, a rank that has made a step, an engine that has staged it; then the driver."""
+    kills = (
+        "broadcast.between_phases=kill@2",
+        "learner.after_optimizer_step=kill@3",
+        "rollout.before_flip=kill@5",
+    )
+    (tmp_path / "once").mkdir()
+    folder = tmp_path / "run"
+    with served_bucket() as bucket:
+        _, ended = patiently(
+            *("run", str(TINY), WITH_PROMPTS, *BF16, "--dir", str(folder)),
+            *("broadcast.delta=auto", "broadcast.transport=url", f"broadcast.url={bucket.url}"),
+            TREADLE_FAILPOINTS=";".join([*kills, "driver.after_lease=kill@6"]),
+            TREADLE_FAILPOINTS_ONCE=str(tmp_path / "once"),
+        )
+        assert ended.code == -9, ended
+        assert len(list((tmp_path / "once").iterdir())) == len(kills) + 1, "a fault did not happen"
+        assert open_store(bucket.url).files()
+        program, ended = patiently("resume", str(folder))
+        assert ended.code == 0, ended
+        assert program.all_gone(), program.survivors()
+        assert open_store(bucket.url).files() == {}
+    assert summary_of(folder)["weights_digest"] == summary_of(whole)["weights_digest"]
+    assert samples_of(folder) == samples_of(whole)
 
 
 @pytest.mark.vllm

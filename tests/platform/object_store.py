@@ -27,8 +27,9 @@ class Faults:
     `always`. Only requests that `concern` says yes to (method, path) are counted and disturbed; with `whole_bucket` it
     is asked about listings and removals of many objects, too.
 
-    "500", "503", "403" and "404" are errors as S3 words them. "cut" promises the whole body and ends half-way. "stall"
-    does nothing for `stall_s`. "reset" resets the connection; "lost" does so after the request was carried out.
+    "500", "503", "403" and "404" are errors as S3 words them. "cut" promises the whole body and ends half-way, "flip"
+    sends it with one bit flipped, "slow" takes `stall_s` to send it. "stall" does nothing for `stall_s`. "reset" resets
+    the connection; "lost" does so after the request was carried out.
     """
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
@@ -50,6 +51,12 @@ class Faults:
         if fault == "cut":
             body = b"".join(self._application(environ, start_response))
             return [body[: len(body) // 2]]
+        if fault == "flip":
+            damaged = bytearray(b"".join(self._application(environ, start_response)))
+            damaged[len(damaged) // 2] ^= 4
+            return [bytes(damaged)]
+        if fault == "slow":
+            return _trickling(b"".join(self._application(environ, start_response)), self.stall_s / 20)
         if fault in ("reset", "lost"):
             if fault == "lost":
                 list(self._application(environ, lambda *_: None))
@@ -60,6 +67,13 @@ class Faults:
         if fault:
             return _refused(fault, environ, start_response)
         return self._application(environ, start_response)
+
+
+def _trickling(body: bytes, pause_s: float) -> Iterator[bytes]:
+    step = len(body) // 20 + 1
+    for start in range(0, len(body), step):
+        time.sleep(pause_s)
+        yield body[start : start + step]
 
 
 def _refused(fault: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -74,9 +74,12 @@ class FakeRank:
 
 class FakeEngine:
     """Serves `weights`; `slow_s` delays staging, `spoil` makes its loader change an element on adoption. `fetches`
-    are the manifests of what it was offered."""
+    are the manifests of what it was offered, each of which it waits `deadline_s` for."""
 
-    def __init__(self, name: str = "engine", slow_s: float = 0.0, spoil: int = 0) -> None:
+    def __init__(
+        self, name: str = "engine", slow_s: float = 0.0, spoil: int = 0, deadline_s: float = 20.0
+    ) -> None:
+        self.deadline_s = deadline_s
         self.name = name
         self.slow_s = slow_s
         self.spoil = spoil
@@ -88,7 +91,7 @@ class FakeEngine:
     def stage(self, manifest: WeightManifest, ticket: object) -> Staged:
         time.sleep(self.slow_s)
         self.fetches.append(manifest)
-        digest = self.standby.put(manifest, fetch(manifest, ticket, deadline_s=20.0))
+        digest = self.standby.put(manifest, fetch(manifest, ticket, self.deadline_s))
         return Staged(digest=digest, wire_s=0.01, apply_s=0.02)
 
     def flip(self, version: WeightVersion) -> str:

@@ -40,6 +40,7 @@ from treadle.workflows.recovering import play_stage
 from treadle.workflows.run import Run
 from treadle.workflows.summary import summarise
 from treadle.workflows.watch import record_failure, watched
+from treadle.workflows.weights_url import check_weights_url, weights_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         )  # whatever is wrong with the data is said before a folder exists
         if not RunFolder(path).config.exists():
             check_new_mirror(recipe.checkpoint)
+        check_weights_url(recipe.broadcast)
         folder = RunFolder.of(path, recipe)
         shutil.copytree(drafted, folder.tokenizer, dirs_exist_ok=True)
     staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
@@ -86,11 +88,12 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         with (
             Ledger.open(folder.ledger) as ledger,
             mirrored(recipe.checkpoint, folder, ledger, tracker) as mirror,
+            weights_url(recipe.broadcast, folder, tracker.say) as broadcast,
             open_session(recipe.cluster, role_specs(recipe), folder.path / "logs", preloads(recipe)),
             RayMetrics(recipe.name) as metrics,
         ):
             tracker.mirror_to(metrics)
-            crew = await open_crew(recipe, staleness)
+            crew = await open_crew(replace(recipe, broadcast=broadcast), staleness)
             run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started, mirror)
             crew.tell(run.replaced)
             try:

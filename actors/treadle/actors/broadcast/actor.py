@@ -12,10 +12,14 @@ from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
 from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.phases import EngineLostError, Offer
+from treadle.actors.broadcast.transports import spread
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
 from treadle.platform.stacks import places
+
+OFFER_PART = 0.9
+"""Of the time to gather and offer a version: who writes it shall be able to say what failed before time is up."""
 
 
 class RaySource:
@@ -58,13 +62,18 @@ class CoordinatorActor:
     while everything else hangs."""
 
     def __init__(self, config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> None:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
         outgoing = Outgoing(
             transport=config.transport,
             bucket_bytes=config.bucket_bytes,
             delta=config.delta == "auto",
             dense_above=config.dense_above,
             engines=len(engines),
-            nodes=sum(node["Alive"] for node in ray.nodes()),
+            nodes=len(nodes),
+            far=bool(config.url) and spread([node.get("Labels") or {} for node in nodes]),
+            url=config.url,
+            url_timeout_s=config.url_timeout_s,
+            deadline_s=OFFER_PART * config.gather_deadline_s,
         )
         self._coordinator = Coordinator(
             config,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from treadle.actors.broadcast.transports import AUTO, check_name
+import fsspec
+
+from treadle.actors.broadcast.transports import AUTO, URL, check_name
 from treadle.platform.errors import ConfigError
 
 
@@ -13,8 +16,14 @@ class BroadcastConfig:
     """How weights travel, how long anyone may take, and when engine and learner are compared."""
 
     transport: str = "object_store"
-    """One of the transports' names: object_store, gloo, chain; or auto: chain for more than 64 MiB to engines on more
-    than two nodes, otherwise object_store."""
+    """One of the transports' names: object_store, gloo, chain, url; or auto: url where `url` is set and the nodes are
+    in several regions (Ray's label ray.io/availability-region), chain for more than 64 MiB to engines on more than
+    two nodes, otherwise object_store."""
+    url: str = ""
+    """For transport=url (or auto): an fsspec URL, such as s3://bucket/prefix, that the learner writes versions to and
+    engines fetch them from. Many runs may share it."""
+    url_timeout_s: float = 20.0
+    """After how many seconds without a byte a request to `url` is given up and repeated."""
     bucket_bytes: int = 64 * 2**20
     """Largest bucket; a tensor larger than this gets its own."""
     delta: str = "off"
@@ -49,8 +58,10 @@ class BroadcastConfig:
         """Raises `ConfigError` naming the setting."""
         if self.transport != AUTO:
             check_name(self.transport)
+        self._check_url()
         for name in (
             "bucket_bytes",
+            "url_timeout_s",
             "gather_deadline_s",
             "stage_deadline_s",
             "flip_deadline_s",
@@ -80,7 +91,41 @@ class BroadcastConfig:
                 "Use at least 1 sequence of 2 tokens, or broadcast.probe_every=0.",
             )
 
+    def _check_url(self) -> None:
+        if self.transport == URL and not self.url:
+            raise ConfigError(
+                "broadcast.transport=url needs broadcast.url.",
+                "Name a URL that learner and engines can open, such as broadcast.url=s3://bucket/prefix.",
+            )
+        if self.url and self.transport not in (URL, AUTO):
+            raise ConfigError(
+                f"broadcast.url={self.url} is not used with broadcast.transport={self.transport}.",
+                "Set broadcast.transport=url, or leave broadcast.url out.",
+            )
+        if self.url:
+            _check_shared(self.url)
+
     @property
     def publish_deadline_s(self) -> float:
         """The longest a publication may take: every phase uses up its deadline, the fetch one repetition."""
         return self.gather_deadline_s + 2 * (self.stage_deadline_s + self.flip_deadline_s) + 10.0
+
+
+def _check_shared(url: str) -> None:
+    """Whether other processes can open it; asks nobody. Raises `ConfigError`."""
+    scheme, found, path = url.partition("://")
+    if not found:
+        scheme, path = "file", url
+    if scheme == "memory":
+        raise ConfigError(f"broadcast.url={url} is the memory of one process.", "Use s3:// or file://.")
+    if scheme in ("file", "local") and not os.path.isabs(path):
+        raise ConfigError(
+            f"broadcast.url={url} is a relative path, which every process takes from a folder of its own.",
+            "Give the whole path.",
+        )
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"broadcast.url={url}: no storage for {scheme}:// ({error}).", "Use s3:// or file://."
+        ) from error

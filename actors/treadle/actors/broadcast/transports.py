@@ -7,6 +7,7 @@ A transport is one file with a class that keeps `contracts.Transport` and a tick
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -23,12 +24,13 @@ TRANSPORTS: dict[str, str] = {
     "object_store": "treadle.actors.broadcast.object_store:ObjectStoreTransport",
     "gloo": "treadle.actors.broadcast.gloo:GlooTransport",
     "chain": "treadle.actors.broadcast.chain:ChainTransport",
+    "url": "treadle.actors.broadcast.url:UrlTransport",
 }
 
-
-AUTO = "auto"
+AUTO, URL = "auto", "url"
 CHAIN_ABOVE_BYTES = 64 * 2**20
 CHAIN_ABOVE_NODES = 2
+REGION = "ray.io/availability-region"
 
 
 class Ticket(Protocol):
@@ -37,11 +39,12 @@ class Ticket(Protocol):
     transport: str
 
 
-def build(name: str) -> Transport:
-    """Raises `ConfigError` for an unknown name. Example: `build("object_store")`."""
+def build(name: str, **settings: object) -> Transport:
+    """The transport of that name, with settings of its own. Raises `ConfigError` for an unknown name. Example:
+    `build("object_store")`."""
     check_name(name)
     module, _, attribute = TRANSPORTS[name].partition(":")
-    transport: Transport = getattr(importlib.import_module(module), attribute)()
+    transport: Transport = getattr(importlib.import_module(module), attribute)(**settings)
     return transport
 
 
@@ -53,13 +56,21 @@ def check_name(name: str) -> None:
         )
 
 
-def chosen(name: str, total_bytes: int, engines: int, nodes: int) -> str:
-    """The transport that `name` stands for: of "auto", chains for what is large and goes to several nodes, where the
-    learner's link is the limit; otherwise the object store, which maps shared memory within a node."""
+def chosen(name: str, total_bytes: int, engines: int, nodes: int, far: bool = False) -> str:
+    """The transport that `name` stands for: of "auto", the URL where nodes are `far` from each other; chains for what
+    is large and goes to several nodes, where the learner's link is the limit; otherwise the object store, which maps
+    shared memory within a node."""
     if name != AUTO:
         return name
+    if far:
+        return URL
     many = min(engines, nodes) > CHAIN_ABOVE_NODES
     return "chain" if many and total_bytes > CHAIN_ABOVE_BYTES else "object_store"
+
+
+def spread(labels: Iterable[Mapping[str, str]]) -> bool:
+    """Whether nodes with these labels are in several regions; one that names none is near all others."""
+    return len({label[REGION] for label in labels if label.get(REGION)}) > 1
 
 
 def fetch(manifest: WeightManifest, ticket: object, deadline_s: float) -> list[NDArray[np.uint8]]:
