@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from tests.chaos.runs import COMMIT, PATIENT
-from tests.clusters import RunningCluster
+from tests.clusters import BIN, RunningCluster
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, wait_until
 
 QUICK_CHECKS = {
@@ -86,3 +86,18 @@ def family(node: subprocess.Popen[bytes], title: str) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def drain(cluster: RunningCluster, node: subprocess.Popen[bytes], left_s: int) -> None:
+    """Tells Ray's head that a node will be gone, as a provider's notice does."""
+    [node_id] = [
+        word.split("=", 1)[1]
+        for process in psutil.Process(node.pid).children(recursive=True)
+        if process.name() == "raylet"
+        for word in process.cmdline()
+        if word.startswith("--node_id=")
+    ]
+    command = [str(BIN / "ray"), "drain-node", "--address", cluster.address, "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+    command += ["--deadline-remaining-seconds", str(left_s)]
+    subprocess.run(command, env={**cluster.environment(), "RAY_AUTH_MODE": "token"}, check=True, timeout=60)

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.chaos.attached import attached, family
+from tests.chaos.attached import attached, drain, family
 from tests.chaos.book import Row, write_row
 from tests.chaos.runs import account, clean, events_of, same_bits
 from tests.clusters import Node, RunningCluster, cluster_of
@@ -61,7 +61,8 @@ class Head:
 def test_row_08_the_gcs_is_killed_and_comes_back_and_the_run_goes_on(
     tmp_path: Path, undisturbed: Path
 ) -> None:
-    """With Ray's embedded store. While it is away a rollout worker dies; when it is back, a verifier does."""
+    """With Ray's embedded store. While it is away a rollout worker dies; when it is back a verifier dies, and a node is
+    told to leave."""
     with (
         tempfile.TemporaryDirectory(prefix="gcs", dir="/tmp") as store,
         cluster_of(
@@ -78,6 +79,7 @@ def test_row_08_the_gcs_is_killed_and_comes_back_and_the_run_goes_on(
         back = time.time()
         run.until(lambda: bool(events_of(run.folder, "replaced")), 120)
         mended = time.time()
+        drain(cluster, cluster.nodes[1], 600)
         struck(cluster, "ray::VerifyActor")
         run.end()
     made = [line["time"] for line in run.steps()]
@@ -103,6 +105,7 @@ def test_row_08_the_gcs_is_killed_and_comes_back_and_the_run_goes_on(
     assert same_bits(run.folder, undisturbed)
     assert samples_of(run.folder) == samples_of(undisturbed)
     assert summary_of(run.folder)["replacements"] == {"rollout": 1, "verify": 1}
+    assert len(events_of(run.folder, "leaving")) == 1, "the driver no longer hears which nodes leave"
     assert min(at for at in made if at > back) - killed <= BUDGET_S
 
 
