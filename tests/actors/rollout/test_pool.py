@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -36,8 +37,10 @@ class Bench:
         self.step_s = step_s
         self.fail_at_step = -1
         self.poison = ""
+        self.starting_s = 0.0
 
     def build(self, config: RolloutConfig, _: str, version: WeightVersion) -> FakeEngine:
+        time.sleep(self.starting_s)
         self.engines.append(FakeEngine(config, version, self.step_s))
         self.engines[-1].fail_at_step = self.fail_at_step
         self.engines[-1].poison = self.poison
@@ -234,6 +237,37 @@ def test_a_replacement_draws_only_after_it_caught_up() -> None:
         drawn = await pool.draw(issue("a", step=4))
         assert order == ["rollout-0"]
         assert drawn.oldest.step == 4
+
+    bench.run(use)
+
+
+def test_a_worker_that_is_being_started_is_none_of_those_that_hold_a_model() -> None:
+    """A new weight coordinator would publish to it before it has one."""
+    bench = Bench(workers=2)
+
+    async def use(pool: RolloutPool) -> None:
+        assert list(pool.loaded) == ["rollout-0", "rollout-1"]
+        bench.starting_s = 0.3
+        bench.workers[0].kill()
+        while pool.restarts == 0:
+            await asyncio.sleep(0.01)
+        assert list(pool.loaded) == ["rollout-1"]
+        assert list(pool.workers) == ["rollout-0", "rollout-1"]
+        while not pool.all_ready:
+            await asyncio.sleep(0.01)
+        assert list(pool.loaded) == ["rollout-0", "rollout-1"]
+
+    bench.run(use)
+
+
+def test_an_engine_without_memory_is_told_with_what_helps() -> None:
+    bench = Bench(workers=1, max_restarts=0)
+    bench.fail_at_step = 2
+
+    async def use(pool: RolloutPool) -> None:
+        with pytest.raises(RolloutError, match="it ran out of memory, MemoryError") as failed:
+            await pool.draw(issue("a", max_new_tokens=40))
+        assert "Lower rollout.slots" in failed.value.remedy
 
     bench.run(use)
 

@@ -90,7 +90,8 @@ def _tell_clock(run: Run, moved_s: float) -> None:
 
 async def record_failure(run: Run, error: TreadleError) -> Path:
     """Writes what is known about a failure while its processes still live. Returns the file."""
-    return _write_failure(run, error, {"driver": stacks(), **await run.crew.stacks()}, await _seen(run))
+    where, seen = await asyncio.gather(run.crew.stacks(), _seen(run))
+    return _write_failure(run, error, {"driver": stacks(), **where}, seen)
 
 
 def _write_failure(run: Run, error: TreadleError, where: Mapping[str, str], seen: Mapping[str, Any]) -> Path:
