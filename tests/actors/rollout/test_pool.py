@@ -272,6 +272,31 @@ def test_an_engine_without_memory_is_told_with_what_helps() -> None:
     bench.run(use)
 
 
+def test_a_worker_that_the_kernel_ended_is_told_so_by_its_successor_and_in_the_budget() -> None:
+    bench = Bench(step_s=0.005, workers=1, max_restarts=1)
+    bench.starting_s = 0.1
+    told: list[Replaced] = []
+
+    async def use(pool: RolloutPool) -> None:
+        pool.told = told.append
+        while "rollout-0" not in pool.statuses:
+            await asyncio.sleep(0.01)
+        bench.workers[0].kill()
+        first = asyncio.create_task(pool.draw(issue("a", max_new_tokens=40)))
+        while len(bench.workers) < 2:
+            await asyncio.sleep(0.01)
+        bench.workers[1].kernel_kills = 1
+        await first
+        bench.workers[1].kill()
+        with pytest.raises(
+            RolloutError, match=r"the kernel ended a process there at that time\. Lower rollout"
+        ):
+            await pool.draw(issue("a", max_new_tokens=40))
+
+    bench.run(use)
+    assert "its node ran out of memory: the kernel ended a process there" in told[0].cause
+
+
 def test_a_worker_left_behind_gets_no_draws_that_need_newer_weights() -> None:
     bench = Bench()
 

@@ -199,8 +199,7 @@ class Crew:
         return said | {f"learner-{rank}": phase or "does not answer" for rank, phase in enumerate(ranks)}
 
     async def stacks(self) -> dict[str, str]:
-        """The stacks of learner ranks and rollout workers that answer. Nobody waits for those that are being started.
-        """
+        """The stacks of learner ranks and rollout workers that answer; of none that is being started."""
         asked = {f"learner-{rank}": actor for rank, actor in self._learner.answering.items()}
         return await stacks_of(asked | _actors(self._rollouts.loaded))
 

@@ -26,7 +26,7 @@ from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
 from treadle.actors.rollout.supervision import Budget, Member, heard, kernel_struck, verdict
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DeadlineError, PoisonedError, RoleError, RolloutError, TreadleError
-from treadle.platform.memory import REMEDIES, STRUCK
+from treadle.platform.memory import PHRASE, REMEDIES, STRUCK
 from treadle.platform.records import Drawn, Issue, WeightVersion
 
 _log = logging.getLogger(__name__)
@@ -243,9 +243,7 @@ class RolloutPool:
             while loaded is not self._model:  # it may be switched meanwhile
                 loaded = self._model
                 await self._load_current(member)
-                if kernel_struck(before, await member.call(member.handle.status())) and STRUCK not in cause:
-                    cause = f"{cause}; {STRUCK}"
-                    self._budget.explain(member, f"{STRUCK}. {REMEDIES['rollout']}")
+                cause = await self._explained(member, cause, before)
                 if self.catch_up is not None:
                     limit_s = 2 * self._config.stage_deadline_s
                     await asyncio.wait_for(self.catch_up(member.name, member.handle), limit_s)
@@ -257,6 +255,14 @@ class RolloutPool:
         seconds = time.monotonic() - noticed_s
         self.told(Replaced(role="rollout", name=member.name, cause=cause, seconds=seconds))
         await self._watch(member)
+
+    async def _explained(self, member: Member, cause: str, before: WorkerStatus | None) -> str:
+        """The cause of a predecessor's end, and whether the kernel may have struck: only its node knows."""
+        now = await self._bounded(member, member.handle.status(), "start")
+        if PHRASE in cause or not kernel_struck(before, now):
+            return cause
+        self._budget.explain(member, f"{STRUCK}. {REMEDIES['rollout']}")
+        return f"{cause}; {STRUCK}"
 
     async def _load_current(self, member: Member) -> None:
         await self._bounded(member, member.handle.load(*self._model), "start")

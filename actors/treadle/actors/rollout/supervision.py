@@ -138,7 +138,7 @@ async def heard(member: Member, config: RolloutConfig) -> WorkerStatus:
     asked = asyncio.ensure_future(member.call(member.handle.status()))
     where: asyncio.Future[str] | None = None
     try:
-        last_s = min(_LAST_S, config.silence_deadline_s)
+        last_s = min(_LAST_S, 0.75 * config.silence_deadline_s)
         done, _ = await asyncio.wait({asked}, timeout=config.silence_deadline_s - last_s)
         if not done:
             where = asyncio.ensure_future(member.handle.where())
