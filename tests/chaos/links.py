@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import select
+import shutil
 import socket
 import struct
 import subprocess
@@ -121,7 +122,9 @@ def link_to_a_second_machine(number: int) -> Iterator[Link]:
 
 def possible() -> bool:
     """Whether this process may make namespaces and devices."""
-    return os.geteuid() == 0 and os.access("/dev/net/tun", os.R_OK | os.W_OK)
+    return (
+        os.geteuid() == 0 and os.access("/dev/net/tun", os.R_OK | os.W_OK) and shutil.which("ip") is not None
+    )
 
 
 def _tun(name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def small_memory(mebibytes: int) -> Iterator[SmallMemory]:
 
 def possible() -> bool:
     """Whether this process may make such groups."""
-    return os.geteuid() == 0 and (MOUNTED / "memory.limit_in_bytes").exists() and os.access(_own(), os.W_OK)
+    root = os.geteuid() == 0 and shutil.which("unshare") is not None
+    return root and (MOUNTED / "memory.limit_in_bytes").exists() and os.access(_own(), os.W_OK)
 
 
 def _own() -> Path:

@@ -31,7 +31,7 @@ NEVER_MIB = 2**33
 """More than any machine gives."""
 WORDS = "ran out of memory"
 needs_small_memory = pytest.mark.skipif(
-    not possible(), reason="needs root and a memory control group (version 1)"
+    not possible(), reason="needs root, unshare, and memory control groups (version 1)"
 )
 
 

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.s3,
     pytest.mark.slow,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(not possible(), reason="needs root and /dev/net/tun for a second machine"),
+    pytest.mark.skipif(not possible(), reason="needs root, /dev/net/tun and ip (iproute2)"),
 ]
 
 AFTER_HEAL_S = 10.0
