@@ -46,16 +46,30 @@ class RunningCluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One simulated node."""
+    """One simulated node. `within` are words in front of its command, for a network or a memory of its own. `kept`: its
+    processes may end one by one, and be started again; otherwise all end when one dies."""
 
     cpus: int = 4
     gpus: int = 0
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    within: tuple[str, ...] = ()
+    kept: bool = False
 
 
 HEAD = Node(labels={"ray.io/node-group": "head"})
 SECOND = Node(gpus=2, labels={"ray.io/node-group": "rollout", "ray.io/accelerator-type": "H100"})
+
+_KEEPER = """
+import contextlib, ctypes, os, subprocess, sys
+ctypes.CDLL(None, use_errno=True).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+subprocess.run(sys.argv[1:], check=True)
+with contextlib.suppress(ChildProcessError):
+    while True:
+        os.wait()
+"""
+"""Starts a node and becomes the parent of its processes, as systemd is on a real machine."""
 
 
 def clean_environment(home: Path) -> dict[str, str]:
@@ -85,7 +99,7 @@ def cluster_of(head: Node, *others: Node, **settings: str) -> Iterator[RunningCl
     port, dashboard_port, client_port, metrics_port = free_ports(4)
     started: list[subprocess.Popen[bytes]] = []
     cluster = RunningCluster(
-        address=f"127.0.0.1:{port}",
+        address=f"{head.host}:{port}",
         dashboard=f"http://127.0.0.1:{dashboard_port}",
         token=secrets.token_hex(32),
         folder=folder,
@@ -123,7 +137,9 @@ def free_ports(count: int) -> list[int]:
 def _start(
     node: Node, arguments: list[str], env: dict[str, str], folder: Path, name: str
 ) -> subprocess.Popen[bytes]:
-    command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    keeper, block = ((sys.executable, "-c", _KEEPER), ()) if node.kept else ((), ("--block",))
+    command = [*node.within, *keeper, str(BIN / "ray"), "start", *block, "--disable-usage-stats"]
+    command += [f"--node-ip-address={node.host}"]
     # The nodes share a machine, but as little else as two machines do: in one folder, the second one's agent
     # would unpack a job's working folder anew, under the feet of the job.
     command += [f"--temp-dir={folder}/{name}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]

@@ -117,6 +117,7 @@ class LocalWorker:
         self.frozen = False
         self.drawn_ids: list[str] = []
         self.node = ""
+        self.kernel_kills = 0
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await self._alive(self.worker.load(model_folder, version))
@@ -138,7 +139,7 @@ class LocalWorker:
     async def status(self) -> WorkerStatus:
         if self.frozen:
             await asyncio.sleep(3600)
-        return dataclasses.replace(self.worker.status(), node=self.node)
+        return dataclasses.replace(self.worker.status(), node=self.node, kernel_kills=self.kernel_kills)
 
     async def where(self) -> str:
         return "it is a fake that froze"

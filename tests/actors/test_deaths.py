@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError
 
-from treadle.actors.deaths import why
+from treadle.actors.deaths import GONE, why
 
 KILLED = """The actor died unexpectedly before finishing this task.
 \tclass_name: RolloutActor
@@ -44,3 +44,10 @@ def test_a_page_becomes_a_clause(text: str, clause: str) -> None:
 
 def test_an_actor_that_may_come_back_is_not_called_dead() -> None:
     assert why(ActorUnavailableError("the network is down", None)) == "it cannot be reached at the moment"
+
+
+def test_a_worker_that_ray_ends_for_want_of_memory_is_gone_and_told_as_such() -> None:
+    """Ray's error for it is none of an actor's."""
+    error = OutOfMemoryError("Task was killed due to the node running low on memory.")
+    assert isinstance(error, GONE)
+    assert why(error) == "its node ran out of memory, and Ray ended its process"

@@ -57,10 +57,14 @@ class Chaos:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [line["metrics"][name] for line in lines if name in line["metrics"]]
 
+    def times(self) -> list[float]:
+        """When each step was made (Unix seconds), redone ones included."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return sorted(line["time"] for line in lines)
+
     def steps_resumed_s(self) -> list[float]:
         """From each fault to the next step that was made, redone work included."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        times = sorted(line["time"] for line in lines)
+        times = self.times()
         return [min(t for t in times if t >= at) - at for at in self.faults.values() if times[-1] >= at]
 
 

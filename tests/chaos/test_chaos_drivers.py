@@ -79,7 +79,11 @@ def test_row_11_frozen_processes_are_replaced_and_do_no_harm_when_they_wake(
     """Of a rollout worker and a rank; a frozen driver: tests/e2e/test_take_over.py."""
     (tmp_path / "once").mkdir()
     folder = tmp_path / "run"
-    deadlines = ("rollout.silence_deadline_s=4", "learner.silence_deadline_s=6", "rollout.heartbeat_s=0.5")
+    deadlines = tuple(
+        f"{role}.{setting}"
+        for role in ("rollout", "learner")
+        for setting in ("silence_deadline_s=4", "heartbeat_s=0.5")
+    )
     program = Program(
         words=("run", str(TINY), WITH_PROMPTS, *PATIENT, *deadlines, "--dir", str(folder)),
         environment={

@@ -93,12 +93,31 @@ HANGS: dict[str, tuple[Any, ...]] = {
         "it hangs in _carry (",
         "broadcast.silence_deadline_s",
     ),
-    "driver.after_lease=sleep:600@3": (
+    "verify.before_return=sleep:600@4": (
         6,
-        "driver: it hangs in leased (",
-        "rl, step 2",
-        "recovery.driver_deadline_s",
+        "verify-0, judging rl/",
+        "verify.judge_deadline_s",
+        "verify.respawns",
     ),
+    **{
+        f"{point}=sleep:600@{passage}": (
+            6,
+            f"driver: it hangs in {function} (",
+            f"rl, step {step}",
+            "recovery.driver_deadline_s",
+        )
+        for point, passage, function, step in (
+            ("driver.after_issue", 8, "issued", 2),
+            ("driver.after_lease", 3, "leased", 2),
+            ("driver.after_publish", 3, "trained", 2),
+            ("driver.after_trained", 3, "trained", 2),
+            ("driver.after_shards", 1, "after_step", 2),
+            ("checkpoint.before_manifest", 1, "commit", 2),
+            ("checkpoint.before_marker", 1, "commit", 2),
+            ("driver.after_mark", 1, "after_step", 2),
+            ("driver.after_checkpoint", 1, "after_step", 2),
+        )
+    },
 }
 """By fault: the seconds within which it must be found, and words of the sentence."""
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from tests.chaos.attached import QUICK_CHECKS, drain, family
 from tests.chaos.book import Row, write_row
 from tests.chaos.runs import PATIENT, account, chaotic, clean, events_of, first_step_after, same_bits
-from tests.clusters import BIN, Node, RunningCluster, cluster_of, end_node
+from tests.clusters import Node, cluster_of, end_node
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, summary_of, wait_until
 
 pytestmark = [
@@ -22,20 +21,8 @@ pytestmark = [
     pytest.mark.timeout(3600),
 ]
 
-QUICK_CHECKS = {
-    "RAY_health_check_initial_delay_ms": "500",
-    "RAY_health_check_period_ms": "300",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 NOTICE_S = 20
 COMMIT = Path("checkpoints/rl/step-00000002/COMMITTED")
-
-
-def processes_of(node: subprocess.Popen[bytes], title: str) -> list[psutil.Process]:
-    """The node's role processes of a kind."""
-    family = psutil.Process(node.pid).children(recursive=True)
-    return [member for member in family if member.is_running() and any(title in w for w in member.cmdline())]
 
 
 def steps_of(folder: Path) -> int:
@@ -50,21 +37,6 @@ def commits_of(folder: Path) -> list[int]:
         int(file.parent.name.removeprefix("step-"))
         for file in folder.glob(f"{COMMIT.parent.parent}/*/COMMITTED")
     )
-
-
-def drain(cluster: RunningCluster, node: subprocess.Popen[bytes], left_s: int) -> None:
-    """Tells Ray's head that a node will be gone, as a provider's notice does."""
-    [node_id] = [
-        word.split("=", 1)[1]
-        for process in psutil.Process(node.pid).children(recursive=True)
-        if process.name() == "raylet"
-        for word in process.cmdline()
-        if word.startswith("--node_id=")
-    ]
-    command = [str(BIN / "ray"), "drain-node", "--address", cluster.address, "--node-id", node_id]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
-    command += ["--deadline-remaining-seconds", str(left_s)]
-    subprocess.run(command, env={**cluster.environment(), "RAY_AUTH_MODE": "token"}, check=True, timeout=60)
 
 
 def test_row_10_a_node_is_killed_with_all_its_processes(tmp_path: Path, undisturbed: Path) -> None:
@@ -88,10 +60,8 @@ def test_row_10_a_node_is_killed_with_all_its_processes(tmp_path: Path, undistur
         try:
             assert wait_until(lambda: (folder / COMMIT).exists() or process.poll() is not None, 900)
             assert process.poll() is None, process.communicate()
-            fullest = max(cluster.nodes[1:], key=lambda node: len(processes_of(node, "ray::")))
-            roles = [
-                title for title in ("Learner", "Rollout", "Verify") if processes_of(fullest, f"ray::{title}")
-            ]
+            fullest = max(cluster.nodes[1:], key=lambda node: len(family(node, "ray::")))
+            roles = [title for title in ("Learner", "Rollout", "Verify") if family(fullest, f"ray::{title}")]
             killed = time.time()
             end_node(fullest)
             out, err = process.communicate(timeout=900)
@@ -148,7 +118,7 @@ def test_row_29_a_spot_machine_is_taken_back_with_notice(tmp_path: Path, undistu
         try:
             assert wait_until(lambda: steps_of(folder) > 0 or process.poll() is not None, 900)
             assert process.poll() is None, process.communicate()
-            fullest = max(cluster.nodes[1:], key=lambda node: len(processes_of(node, "ray::")))
+            fullest = max(cluster.nodes[1:], key=lambda node: len(family(node, "ray::")))
             drained = time.time()
             drain(cluster, fullest, NOTICE_S)
             assert wait_until(lambda: bool(events_of(folder, "leaving")) or process.poll() is not None, 60)

@@ -94,9 +94,11 @@ def _reset(environ: dict[str, Any], start_response: Callable[..., Any]) -> Itera
 
 
 @contextmanager
-def s3_server(environ: pytest.MonkeyPatch) -> Iterator[tuple[str, Faults]]:
+def s3_server(
+    environ: pytest.MonkeyPatch, listener: socket.socket | None = None
+) -> Iterator[tuple[str, Faults]]:
     """Starts moto's server and points the environment at it. Yields the URL of a bucket, and the faults. What the
-    bucket holds is the process's: another server in it finds what this one was given."""
+    bucket holds is the process's: another server in it finds what this one was given. `listener` listens already."""
     import boto3
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -105,15 +107,17 @@ def s3_server(environ: pytest.MonkeyPatch) -> Iterator[tuple[str, Faults]]:
         def log_request(self, *_: object) -> None: ...
 
     faults = Faults(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, faults, threaded=True, request_handler=Quiet)
+    listening = listener or socket.create_server(("127.0.0.1", 0), backlog=128)
+    host, port = listening.getsockname()
+    server = make_server(host, port, faults, threaded=True, request_handler=Quiet, fd=listening.fileno())
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": host,
     }.items():
         environ.setenv(name, value)
     try:
@@ -123,6 +127,7 @@ def s3_server(environ: pytest.MonkeyPatch) -> Iterator[tuple[str, Faults]]:
     finally:
         server.shutdown()
         server.server_close()
+        listening.close()
         thread.join(timeout=10)
 
 

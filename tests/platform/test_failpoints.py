@@ -97,6 +97,7 @@ def test_a_file_may_order_several_faults_for_one_point(tmp_path: Path) -> None:
         (f"{POINT}=kill@", "@ is no passage"),
         (f"{POINT}=sleep", "no argument of sleep"),
         (f"{POINT}=sleep:inf", "no argument of sleep"),
+        (f"{POINT}=allocate:much", "no argument of allocate"),
         (f"{POINT}=kill:9", "no argument of kill"),
         (POINT, "is no `name=action`"),
     ],
@@ -139,6 +140,15 @@ def test_kill_ends_a_real_process_without_cleaning_up() -> None:
 
 def test_exit_leaves_with_the_given_code() -> None:
     assert _run(f"failpoint('{POINT}')", **{ENV: f"{POINT}=exit:7"}).returncode == 7
+
+
+def test_allocate_takes_memory_and_keeps_it_and_fails_where_there_is_none() -> None:
+    used = "print(int(open('/proc/self/statm').read().split()[1]) * 4 // 1024)"
+    done = _run(f"failpoint('{POINT}'); {used}", **{ENV: f"{POINT}=allocate:300"})
+    assert int(done.stdout) >= 300
+    done = _run(f"failpoint('{POINT}')", **{ENV: f"{POINT}=allocate:{2**33}"})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "MemoryError"
 
 
 def test_a_frozen_process_goes_on_when_it_is_told_to(tmp_path: Path) -> None:

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import re
 
-from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RuntimeEnvSetupError,
+)
+
+from treadle.platform.memory import PHRASE
+
+GONE = (
+    RayActorError,
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RuntimeEnvSetupError,
+    ActorPlacementGroupRemoved,
+)
+"""What Ray raises for a call of an actor that is gone, or never came: they have no class in common but `RayError`."""
 
 _PID = re.compile(r"\bpid: (\d+)")
 _EXIT = re.compile(r"Worker exit type: (\w+)")
@@ -16,8 +35,8 @@ def why(error: RayError) -> str:
     text = " ".join(str(error).split())
     pid, exited = _PID.search(text), _EXIT.search(text)
     kind = exited[1] if exited else ""
-    if kind == "NODE_OUT_OF_MEMORY":
-        return "its node ran out of memory, and Ray ended its process"
+    if kind == "NODE_OUT_OF_MEMORY" or isinstance(error, OutOfMemoryError):
+        return f"its node {PHRASE}, and Ray ended its process"
     if any(words in text for words in _OF_THE_NODE):
         return "its node died"
     if isinstance(error, ActorUnschedulableError):

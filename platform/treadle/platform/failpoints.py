@@ -14,6 +14,7 @@ default, `*` for every time). Actions:
     raise[:text]    `FailpointError`
     sleep:seconds   block the calling thread, as a hung system call would
     freeze          SIGSTOP to the own process: it does nothing at all until somebody sends SIGCONT
+    allocate:MiB    take that much memory, write to all of it, and keep it; `MemoryError` where there is not as much
     corrupt         `failpoint` returns True, and the caller damages what it is about to hand on
 
 Some points have a subject: the worker's name, the rank, the prompt. `name[subject]=action` happens only for that one,
@@ -83,6 +84,7 @@ _ACTIONS = {
     "raise": False,
     "sleep": True,
     "freeze": False,
+    "allocate": True,
     "corrupt": False,
 }  # needs an argument?
 _log = logging.getLogger(__name__)
@@ -160,7 +162,19 @@ def _act(fault: Fault) -> bool:
         raise FailpointError(f"failpoint {fault.name}: {fault.argument or 'raised on purpose'}")
     elif fault.action == "sleep":
         time.sleep(float(fault.argument))
+    elif fault.action == "allocate":
+        _allocate(int(fault.argument))
     return fault.action == "corrupt"
+
+
+_ALLOCATED: list[bytearray] = []
+
+
+def _allocate(mebibytes: int) -> None:
+    block = bytearray(mebibytes * 2**20)
+    _ALLOCATED.append(block)
+    for page in range(0, len(block), 4096):  # what is not written to takes no memory
+        block[page] = 1
 
 
 def parse_fault(name: str, text: str) -> Fault:
@@ -196,7 +210,7 @@ def _fits(action: str, argument: str) -> bool:
             return 0 <= float(argument) < float("inf")
         except ValueError:
             return False
-    return action == "raise" or (action == "exit" and argument.isdecimal())
+    return action == "raise" or (action in ("exit", "allocate") and argument.isdecimal())
 
 
 def read_faults(environ: Mapping[str, str]) -> Faults | None:

@@ -21,7 +21,8 @@ from treadle.platform.errors import (
 from treadle.platform.mirror_writer import MirrorWriter, Source
 from treadle.platform.records import Json
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 8.0
+"""A request every few seconds costs nobody anything; a bucket that is back is found as soon."""
 HURRIED_PAUSE_S = 2.0
 FAILING, RECOVERED, SKIPPED = "mirror_failing", "mirror_recovered", "mirror_skipped"
 
@@ -69,7 +70,7 @@ class MirrorUploader:
     consumes: the newest offer; waits for: one, or the end of a pause after a failure; unblocked by: `offer`, `hurry`,
     `close`; produces: commits, `progress`, `changed()` after each change of it, and `tell(event, fields)` where
     somebody should know. At most one offer is being copied and one, the newest, is waiting. A failed copy is repeated
-    after a pause that doubles up to a minute, unless a newer commit has come.
+    after a pause that doubles up to `LONGEST_PAUSE_S`, unless a newer commit has come.
     """
 
     def __init__(

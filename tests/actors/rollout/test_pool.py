@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -36,8 +37,10 @@ class Bench:
         self.step_s = step_s
         self.fail_at_step = -1
         self.poison = ""
+        self.starting_s = 0.0
 
     def build(self, config: RolloutConfig, _: str, version: WeightVersion) -> FakeEngine:
+        time.sleep(self.starting_s)
         self.engines.append(FakeEngine(config, version, self.step_s))
         self.engines[-1].fail_at_step = self.fail_at_step
         self.engines[-1].poison = self.poison
@@ -236,6 +239,62 @@ def test_a_replacement_draws_only_after_it_caught_up() -> None:
         assert drawn.oldest.step == 4
 
     bench.run(use)
+
+
+def test_a_worker_that_is_being_started_is_none_of_those_that_hold_a_model() -> None:
+    """A new weight coordinator would publish to it before it has one."""
+    bench = Bench(workers=2)
+
+    async def use(pool: RolloutPool) -> None:
+        assert list(pool.loaded) == ["rollout-0", "rollout-1"]
+        bench.starting_s = 0.3
+        bench.workers[0].kill()
+        while pool.restarts == 0:
+            await asyncio.sleep(0.01)
+        assert list(pool.loaded) == ["rollout-1"]
+        assert list(pool.workers) == ["rollout-0", "rollout-1"]
+        while not pool.all_ready:
+            await asyncio.sleep(0.01)
+        assert list(pool.loaded) == ["rollout-0", "rollout-1"]
+
+    bench.run(use)
+
+
+def test_an_engine_without_memory_is_told_with_what_helps() -> None:
+    bench = Bench(workers=1, max_restarts=0)
+    bench.fail_at_step = 2
+
+    async def use(pool: RolloutPool) -> None:
+        with pytest.raises(RolloutError, match="it ran out of memory, MemoryError") as failed:
+            await pool.draw(issue("a", max_new_tokens=40))
+        assert "Lower rollout.slots" in failed.value.remedy
+
+    bench.run(use)
+
+
+def test_a_worker_that_the_kernel_ended_is_told_so_by_its_successor_and_in_the_budget() -> None:
+    bench = Bench(step_s=0.005, workers=1, max_restarts=1)
+    bench.starting_s = 0.1
+    told: list[Replaced] = []
+
+    async def use(pool: RolloutPool) -> None:
+        pool.told = told.append
+        while "rollout-0" not in pool.statuses:
+            await asyncio.sleep(0.01)
+        bench.workers[0].kill()
+        first = asyncio.create_task(pool.draw(issue("a", max_new_tokens=40)))
+        while len(bench.workers) < 2:
+            await asyncio.sleep(0.01)
+        bench.workers[1].kernel_kills = 1
+        await first
+        bench.workers[1].kill()
+        with pytest.raises(
+            RolloutError, match=r"the kernel ended a process there at that time\. Lower rollout"
+        ):
+            await pool.draw(issue("a", max_new_tokens=40))
+
+    bench.run(use)
+    assert "its node ran out of memory: the kernel ended a process there" in told[0].cause
 
 
 def test_a_worker_left_behind_gets_no_draws_that_need_newer_weights() -> None:

@@ -199,9 +199,9 @@ class Crew:
         return said | {f"learner-{rank}": phase or "does not answer" for rank, phase in enumerate(ranks)}
 
     async def stacks(self) -> dict[str, str]:
-        """The stacks of learner ranks and rollout workers that answer."""
-        asked = {f"learner-{rank}": actor for rank, actor in enumerate(self._learner.ranks)}
-        return await stacks_of(asked | _actors(self._rollouts.workers))
+        """The stacks of learner ranks and rollout workers that answer; of none that is being started."""
+        asked = {f"learner-{rank}": actor for rank, actor in self._learner.answering.items()}
+        return await stacks_of(asked | _actors(self._rollouts.loaded))
 
     async def replace_broken(self) -> None:
         """New processes for the broken roles; `set_learner`, `set_engines` and `set_broadcast` give them their work.
@@ -222,7 +222,7 @@ class Crew:
         self._placement.release()
 
     def _launch_coordinator(self) -> Any:
-        return start_coordinator(self._recipe.broadcast, self._learner.ranks, _actors(self._rollouts.workers))
+        return start_coordinator(self._recipe.broadcast, self._learner.ranks, _actors(self._rollouts.loaded))
 
     async def _start_engines(self, model: str) -> None:
         await asyncio.gather(self._rollouts.start(model), self._verifiers.start())

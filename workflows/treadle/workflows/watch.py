@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.platform.errors import TreadleError
 from treadle.platform.stacks import stacks
 from treadle.workflows.folder import read_json, write_json
+from treadle.workflows.wall_clock import WallClock
 from treadle.workflows.watchdog import guarded
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 EVERY_S = 5.0
 HEED_EVERY_S = 2.0
 """A spot machine has 30 s to two minutes left when it is told."""
+CLOCK_SET = "clock_set"
 ROLES_FILE, FAILURES_FOLDER = "roles.json", "failures"
 
 
@@ -37,9 +39,13 @@ async def watched(run: Run) -> AsyncIterator[None]:
     is missed, and the next one comes: watching must not end a run.
     """
 
+    clock = WallClock()
+
     async def look() -> None:
         while True:
             await asyncio.sleep(EVERY_S)
+            if moved_s := clock.moved_s():
+                _tell_clock(run, moved_s)
             with suppress(OSError, TreadleError):
                 seen = await _seen(run)
                 run.ledger.check_held()
@@ -73,9 +79,19 @@ async def watched(run: Run) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _tell_clock(run: Run, moved_s: float) -> None:
+    message = (
+        f"The machine slept, or its wall clock was set: {moved_s:+.0f} s. Timestamps of metrics, events and MLflow "
+        "jump here by as much; deadlines do not depend on it."
+    )
+    run.tracker.event(CLOCK_SET, {"seconds": round(moved_s, 3), "message": message})
+    run.tracker.say(message)
+
+
 async def record_failure(run: Run, error: TreadleError) -> Path:
     """Writes what is known about a failure while its processes still live. Returns the file."""
-    return _write_failure(run, error, {"driver": stacks(), **await run.crew.stacks()}, await _seen(run))
+    where, seen = await asyncio.gather(run.crew.stacks(), _seen(run))
+    return _write_failure(run, error, {"driver": stacks(), **where}, seen)
 
 
 def _write_failure(run: Run, error: TreadleError, where: Mapping[str, str], seen: Mapping[str, Any]) -> Path:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
@@ -14,7 +13,9 @@ from treadle.actors.broadcast.outgoing import Outgoing
 from treadle.actors.broadcast.phases import EngineLostError, Offer
 from treadle.actors.broadcast.transports import spread
 from treadle.actors.calls import call, call_once, once
-from treadle.actors.deaths import why
+from treadle.actors.deaths import GONE, why
+from treadle.platform.errors import BroadcastError
+from treadle.platform.memory import remedy
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
 from treadle.platform.stacks import places
 
@@ -30,10 +31,10 @@ class RaySource:
         self._outgoing = outgoing
 
     async def publish(self, step: int, bases: Collection[str]) -> Offered | None:
-        return await call_once(self._handle, "publish", step, self._outgoing, bases)
+        return await _from_rank(call_once(self._handle, "publish", step, self._outgoing, bases))
 
     async def dense(self, step: int) -> Offer:
-        return await call(self._handle, "dense", step)
+        return await _from_rank(call(self._handle, "dense", step))
 
 
 class RayReceiver:
@@ -49,10 +50,17 @@ class RayReceiver:
         return await _from_engine(call_once(self._handle, "flip", version))
 
 
+async def _from_rank(reference: Any) -> Any:
+    try:
+        return await reference
+    except GONE as error:
+        raise BroadcastError(f"{(cause := why(error))}.", remedy("learner", cause)) from error
+
+
 async def _from_engine(reference: Any) -> Any:
     try:
         return await reference
-    except RayActorError as error:
+    except GONE as error:
         raise EngineLostError(f"{why(error)}.") from error
 
 

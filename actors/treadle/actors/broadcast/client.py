@@ -6,19 +6,20 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.probe import Probe
 from treadle.actors.calls import call, call_once
-from treadle.actors.deaths import why
+from treadle.actors.deaths import GONE, why
 from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.stacks import ANSWER_S, where
 from treadle.platform.errors import BroadcastError, TreadleError
+from treadle.platform.memory import remedy
 from treadle.platform.metric_names import MISMATCH_MAX
 from treadle.platform.records import PublishReport, WeightVersion
 
@@ -62,8 +63,8 @@ class Broadcaster:
 
     async def register(self) -> None:
         """Becomes the only publisher, free to start at any step: for a new stage, or after a resume. Without
-        it the first `publish` does the same."""
-        self._token = await self._asked("register", 30.0)
+        it the first `publish` does the same. A coordinator that is lost meanwhile is replaced."""
+        self._token = await self._mended(lambda: self._asked("register", 30.0))
         self._published = 0
         self._version = WeightVersion(step=0)
 
@@ -74,22 +75,7 @@ class Broadcaster:
         same version again. Raises `BroadcastError`, `MismatchError` or `DeadlineError`; see `Coordinator.publish` and
         `Probe.compare`.
         """
-        lost: list[tuple[float, str]] = []
-        while True:
-            try:
-                report = await self._published_by_coordinator(step)
-                break
-            except CoordinatorLostError as error:
-                if self._launch is None or self.restarts >= self._config.max_restarts:
-                    raise
-                _LOG.warning("broadcast: replacing the coordinator: %s", error)
-                lost.append((time.monotonic(), error.message))
-                self.close()
-                self._coordinator, self._token = self._launch(), 0
-                self.restarts += 1
-        for noticed_s, cause in lost:
-            seconds = time.monotonic() - noticed_s
-            self.told(Replaced(role="coordinator", name="coordinator", cause=cause, seconds=seconds))
+        report = await self._mended(lambda: self._published_by_coordinator(step))
         self._version = report.version
         every = self._config.probe_every
         due = self.probe is not None and every > 0 and self._published % every == 0 and report.adopted
@@ -105,7 +91,7 @@ class Broadcaster:
         try:
             async with asyncio.timeout(ANSWER_S):
                 return str(await call(self._coordinator, "phase"))
-        except (TimeoutError, RayActorError):
+        except (TimeoutError, *GONE):
             return ""
 
     async def forget(self, name: str) -> None:
@@ -119,6 +105,26 @@ class Broadcaster:
     def close(self) -> None:
         """Ends the coordinator's process."""
         ray.kill(self._coordinator, no_restart=True)
+
+    async def _mended(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The work, begun again with another coordinator where one is lost in it."""
+        lost: list[tuple[float, str]] = []
+        while True:
+            try:
+                done = await work()
+                break
+            except CoordinatorLostError as error:
+                if self._launch is None or self.restarts >= self._config.max_restarts:
+                    raise
+                _LOG.warning("broadcast: replacing the coordinator: %s", error)
+                lost.append((time.monotonic(), error.message))
+                self.close()
+                self._coordinator, self._token = self._launch(), 0
+                self.restarts += 1
+        for noticed_s, cause in lost:
+            seconds = time.monotonic() - noticed_s
+            self.told(Replaced(role="coordinator", name="coordinator", cause=cause, seconds=seconds))
+        return done
 
     async def _published_by_coordinator(self, step: int) -> PublishReport:
         if not self._token:
@@ -153,10 +159,10 @@ class Broadcaster:
             raise BroadcastError(
                 f"broadcast.{method}: the weight coordinator failed: {error.cause!r}"
             ) from error
-        except RayActorError as error:
+        except GONE as error:
             raise CoordinatorLostError(
-                f"broadcast.{method}: the weight coordinator has died ({why(error)}).",
-                "Start the run again with `treadle resume`.",
+                f"broadcast.{method}: the weight coordinator has died ({(cause := why(error))}).",
+                remedy("coordinator", cause, "Start the run again with `treadle resume`."),
             ) from error
 
     async def _unless_silent(self, method: str, coordinator: Any, answer: Coroutine[Any, Any, Any]) -> Any:
@@ -191,5 +197,5 @@ async def _silence(coordinator: Any, config: BroadcastConfig) -> str:
                 before = str(await call(coordinator, "phase"))
         except TimeoutError:
             return before
-        except RayActorError:
+        except GONE:
             await asyncio.get_running_loop().create_future()

@@ -138,9 +138,12 @@ class Coordinator:
         for rank, task in enumerate(tasks):
             if task in done and (error := task.exception()) is not None:
                 _abandon(waiting)
+                why, remedy = (
+                    (error.message, error.remedy) if isinstance(error, BroadcastError) else (error, "")
+                )
                 raise BroadcastError(
-                    f"broadcast.gather: learner rank {rank} could not offer version {step}: {error}",
-                    "Look at that rank's log.",
+                    f"broadcast.gather: learner rank {rank} could not offer version {step}: {why}",
+                    remedy or "Look at that rank's log.",
                 ) from error
         if waiting:
             late = [rank for rank, task in enumerate(tasks) if task in waiting]

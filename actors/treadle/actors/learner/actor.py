@@ -23,6 +23,7 @@ from treadle.actors.learner.heartbeat import IDLE
 from treadle.actors.learner.rank import LearnerRank
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import BroadcastError, DeadlineError
+from treadle.platform.memory import kernel_kills
 from treadle.platform.packed import unpacked
 from treadle.platform.records import Group, Json, Offered, Ref, Share, TrainSample, WeightManifest
 from treadle.platform.stacks import places, stacks
@@ -145,6 +146,11 @@ class LearnerRankActor:
         """What the rank is doing right now, in which function, and on which machine."""
         place = "" if self._learner.phase == IDLE else f" {places()}"
         return f"{self._learner.phase}{place} ({socket.gethostname()}, process {os.getpid()})"
+
+    @ray.method(concurrency_group="health")
+    def kernel_kills(self) -> tuple[str, int]:
+        """The rank's node, and what the kernel has ended there for want of memory."""
+        return ray.get_runtime_context().get_node_id(), kernel_kills()
 
     @ray.method(concurrency_group="health")
     def stacks(self) -> str:

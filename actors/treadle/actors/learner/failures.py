@@ -5,35 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from treadle.actors.deaths import why
+from treadle.actors.deaths import GONE, why
 from treadle.platform.errors import LearnerError, TreadleError
+from treadle.platform.memory import PHRASE, REMEDIES, STRUCK, ran_out, remedy
 
 GRACE_S = 5.0
 RankFailure: TypeAlias = BaseException
 
 
-def diagnose(what: str, failures: Sequence[RankFailure | None], phases: str) -> TreadleError:
-    """The error to raise for a call whose ranks failed as given (None: it did not fail).
+def dead(failures: Sequence[RankFailure | None]) -> list[int]:
+    """The ranks whose process is gone."""
+    return [rank for rank, failure in enumerate(failures) if isinstance(failure, GONE)]
+
+
+def diagnose(
+    what: str, failures: Sequence[RankFailure | None], phases: str, struck: bool = False
+) -> TreadleError:
+    """The error to raise for a call whose ranks failed as given (None: it did not fail). `struck`: the kernel has ended
+    a process on the node of one that is gone.
 
     A death comes first, since its peers fail in their collectives because of it; then an error of ours, which
     says what to change and is passed on as it is; then anything else.
     """
     failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-    dead = [rank for rank, failure in failed if isinstance(failure, RayActorError)]
-    if dead:
-        first_death = failures[dead[0]]
-        assert isinstance(first_death, RayActorError)
+    if gone := dead(failures):
+        first_death = failures[gone[0]]
+        assert isinstance(first_death, RayError)
+        cause = why(first_death)
+        if struck and PHRASE not in cause:
+            cause = f"{cause}; {STRUCK}"
+        otherwise = "Resume from the last checkpoint; look at the rank's log and for a lack of memory."
         return LearnerError(
-            f"learner.{what}: rank {', '.join(map(str, dead))} died ({why(first_death)}). {phases}",
-            "Resume from the last checkpoint; look at the rank's log and for a lack of memory.",
+            f"learner.{what}: rank {', '.join(map(str, gone))} died ({cause}). {phases}",
+            remedy("learner", cause, otherwise),
         )
     causes = [(rank, _cause(failure)) for rank, failure in failed]
     for rank, cause_error in causes:
         if isinstance(cause_error, TreadleError):
             return type(cause_error)(
                 f"learner.{what}: rank {rank}: {cause_error.message}", cause_error.remedy
+            )
+    for rank, cause_error in causes:
+        if ran_out(cause_error):
+            return LearnerError(
+                f"learner.{what}: rank {rank} {PHRASE} ({type(cause_error).__name__} {cause_error}".rstrip()
+                + f"). {phases}",
+                REMEDIES["learner"],
             )
     rank, first = causes[0]
     return LearnerError(

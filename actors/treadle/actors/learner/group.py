@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from treadle.actors.calls import call_once
 from treadle.actors.learner.actor import LearnerRankActor
 from treadle.actors.learner.config import GroupConfig
-from treadle.actors.learner.failures import GRACE_S, RankFailure, diagnose, refused_by_all
+from treadle.actors.learner.failures import GRACE_S, RankFailure, dead, diagnose, refused_by_all
 from treadle.actors.learner.figures import RankReport, merge
 from treadle.actors.learner.fresh import ModelShape
-from treadle.actors.learner.heartbeat import culprits, listed, phases, silence, unfit
+from treadle.actors.learner.heartbeat import culprits, kernel_kills, listed, phases, silence, struck, unfit
 from treadle.actors.learner.stepping import LearnerSpec
-from treadle.platform.errors import DeadlineError, LearnerError
+from treadle.platform.errors import DeadlineError, LearnerError, TreadleError
 from treadle.platform.records import Json, RoleSpec, StepBatch, StepReport
 
 T = TypeVar("T")
@@ -49,6 +49,8 @@ class LearnerGroup:
         self._scheduling = scheduling
         self._actors: list[Any] = []
         self._broken = ""
+        self._silent: Mapping[int, str] = {}
+        self._kernel_kills: Sequence[tuple[str, int] | None] = ()
         self._spec: LearnerSpec | None = None
 
     @property
@@ -56,9 +58,14 @@ class LearnerGroup:
         """The rank actors' handles, rank 0 first; each has `publish(step, outgoing)`."""
         return tuple(self._actors)
 
+    @property
+    def answering(self) -> Mapping[int, Any]:
+        """The rank actors' handles by rank, without those that have fallen silent."""
+        return {rank: actor for rank, actor in enumerate(self._actors) if rank not in self._silent}
+
     async def phases(self) -> list[str]:
         """What each rank says it is doing, rank 0 first; nothing where it does not answer within a few seconds."""
-        return await phases(self._actors)
+        return await phases(self._actors, self._silent)
 
     async def examine(self) -> str:
         """Why the group must be started again, or nothing. Asks the ranks, so no call may be under way."""
@@ -72,11 +79,12 @@ class LearnerGroup:
         Raises LearnerError or DeadlineError within `start_deadline_s`.
         """
         self.close()
-        self._broken = ""
+        self._broken, self._silent = "", {}
         deadline = time.monotonic() + self._config.start_deadline_s
         self._actors = [self._actor(rank) for rank in range(self._config.ranks)]
         host, port = (await self._ask("start", self._actors[:1], "open", deadline, self._left(deadline)))[0]
         await self._ask("start", self._actors, "join", deadline, host, port)
+        self._kernel_kills = await kernel_kills(self._actors)
 
     def _actor(self, rank: int) -> Any:
         config = self._config
@@ -85,10 +93,10 @@ class LearnerGroup:
             "num_gpus": config.gpus,
             "runtime_env": {"env_vars": _environment(config)},
         }
-        if config.accelerator:
-            options["accelerator_type"] = config.accelerator
-        if self._scheduling is not None:
+        if self._scheduling is not None:  # its place was chosen by the accelerator
             options["scheduling_strategy"] = self._scheduling[rank]
+        elif config.accelerator:
+            options["accelerator_type"] = config.accelerator
         actor: Any = LearnerRankActor
         return actor.options(**options).remote(rank, config.ranks, config.step_deadline_s)
 
@@ -195,15 +203,12 @@ class LearnerGroup:
             if any(task.done() and task.exception() is not None for task in tasks):
                 # The root cause may be a rank that died a moment later than its peers noticed.
                 await asyncio.wait(tasks, timeout=GRACE_S)
-                failures = [_failure(task) for task in tasks]
-                error = diagnose(what, failures, listed(await phases(actors)))
-                # Ranks that all refused the call are in step with each other; any other mixture is not.
-                self._broken = "" if refused_by_all(failures) else error.message
-                raise error
+                raise await self._failed(what, actors, [_failure(task) for task in tasks])
             if silent.done():
-                self._broken = f"learner.{what}: {silent.result()}"
+                self._silent = silent.result()
+                self._broken = f"learner.{what}: {' '.join(self._silent.values())}"
                 raise LearnerError(
-                    f"{self._broken} All: {listed(await phases(actors))}",
+                    f"{self._broken} All: {listed(await phases(actors, self._silent))}",
                     "Look at that rank's node and log; learner.silence_deadline_s allows longer silences.",
                 )
             if not ended.done():
@@ -221,7 +226,17 @@ class LearnerGroup:
                 task.cancel()
         return [task.result() for task in tasks]
 
-    async def _silence(self, what: str, actors: Sequence[Any]) -> str:
+    async def _failed(
+        self, what: str, actors: Sequence[Any], failures: Sequence[RankFailure | None]
+    ) -> TreadleError:
+        """What to raise for a call that some ranks failed."""
+        said, kills = await asyncio.gather(phases(actors), kernel_kills(actors))
+        error = diagnose(what, failures, listed(said), struck(self._kernel_kills, kills, dead(failures)))
+        # Ranks that all refused the call are in step with each other; any other mixture is not.
+        self._broken = "" if refused_by_all(failures) else error.message
+        return error
+
+    async def _silence(self, what: str, actors: Sequence[Any]) -> Mapping[int, str]:
         watched = () if what in _UNWATCHED else actors
         return await silence(watched, self._config.heartbeat_s, self._config.silence_deadline_s)
 

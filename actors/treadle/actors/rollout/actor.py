@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from treadle.actors.calls import again, call, call_once, once
-from treadle.actors.deaths import why
+from treadle.actors.deaths import GONE, why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import DrawnGroup
@@ -20,6 +20,7 @@ from treadle.actors.rollout.handles import Launch, WorkerDiedError
 from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
 from treadle.actors.stacks import where
 from treadle.platform.errors import TreadleError
+from treadle.platform.memory import kernel_kills, remedy
 from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Issue, Ref, Staged, WeightManifest, WeightVersion
 from treadle.platform.stacks import places, stacks
@@ -78,7 +79,7 @@ class RolloutActor:
         return await self._worker.logprobs(sequences)
 
     async def status(self) -> WorkerStatus:
-        return dataclasses.replace(self._worker.status(), node=self._node)
+        return dataclasses.replace(self._worker.status(), node=self._node, kernel_kills=kernel_kills())
 
     @ray.method(concurrency_group="health")
     async def stacks(self) -> str:
@@ -142,7 +143,8 @@ def ray_launch(config: RolloutConfig, options: Mapping[str, Any] | None = None) 
     """Starts workers as Ray actors with the config's resources. `options` go to every actor and win: where it
     is placed (`scheduling_strategy`), its `runtime_env`."""
     resources: dict[str, Any] = {"num_cpus": config.cpus, "num_gpus": config.gpus}
-    if config.accelerator:
+    placed = options is not None and "scheduling_strategy" in options
+    if config.accelerator and not placed:  # its place was chosen by the accelerator
         resources["accelerator_type"] = config.accelerator
 
     def launch(name: str) -> RayWorker:
@@ -158,8 +160,8 @@ async def _answer(reference: Any) -> Any:
     """Awaits a call; the death of the actor becomes `WorkerDiedError`, an error raised in it stays itself."""
     try:
         return await reference
-    except (RayActorError, ActorUnschedulableError) as error:
-        raise WorkerDiedError(why(error)) from error
+    except GONE as error:
+        raise WorkerDiedError(cause := why(error), remedy("rollout", cause)) from error
     except RayTaskError as error:
         if isinstance(error.cause, TreadleError):
             raise error.cause from error

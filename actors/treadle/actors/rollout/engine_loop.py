@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from treadle.platform.contracts import Engine, EngineSample
 from treadle.platform.errors import DataError, MismatchError, RolloutError
 from treadle.platform.failpoints import failpoint
+from treadle.platform.memory import PHRASE, ran_out, remedy
 from treadle.platform.records import Drawn, Group, Issue, Sample, WeightVersion
 
 T = TypeVar("T")
@@ -154,7 +155,10 @@ class EngineLoop:
 
     def _ready(self) -> Engine:
         if self.failure:
-            raise EngineFailedError(f"rollout: the engine of worker {self.name} has failed: {self.failure}")
+            raise EngineFailedError(
+                f"rollout: the engine of worker {self.name} has failed: {self.failure}",
+                remedy("rollout", self.failure),
+            )
         if self._engine is None:
             raise RolloutError(f"rollout: worker {self.name} holds no model.", "Load a model folder first.")
         return self._engine
@@ -216,7 +220,7 @@ class EngineLoop:
             EngineFailedError(
                 f"rollout/draw: the engine of worker {self.name} failed at version {self.version.step} while "
                 f"{doing}: {self.failure}",
-                "See the worker's log for the traceback.",
+                remedy("rollout", self.failure, "See the worker's log for the traceback."),
             )
         )
 
@@ -269,4 +273,5 @@ def _pass_on(done: Future[DrawnGroup], future: Future[DrawnGroup]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    line = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    return f"it {PHRASE}, {line}" if ran_out(error) else line

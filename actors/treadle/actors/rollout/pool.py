@@ -23,9 +23,10 @@ from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindError
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
-from treadle.actors.rollout.supervision import Budget, Member, silence, verdict
+from treadle.actors.rollout.supervision import Budget, Member, heard, kernel_struck, verdict
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DeadlineError, PoisonedError, RoleError, RolloutError, TreadleError
+from treadle.platform.memory import PHRASE, REMEDIES, STRUCK
 from treadle.platform.records import Drawn, Issue, WeightVersion
 
 _log = logging.getLogger(__name__)
@@ -65,8 +66,13 @@ class RolloutPool:
 
     @property
     def workers(self) -> Mapping[str, WorkerHandle]:
-        """The living workers by name: what the weight coordinator publishes to."""
+        """The living workers by name, those that are being started among them."""
         return {name: member.handle for name, member in self._members.items() if not member.gone}
+
+    @property
+    def loaded(self) -> Mapping[str, WorkerHandle]:
+        """The workers that hold a model: what a new weight coordinator publishes to. The others catch up."""
+        return {name: m.handle for name, m in self._members.items() if m.loaded and not m.gone}
 
     @property
     def statuses(self) -> Mapping[str, WorkerStatus]:
@@ -228,15 +234,16 @@ class RolloutPool:
             self._fail(error)
             return
         fresh = self._add(member.name)
-        self._spawn(self._bring_back(fresh, cause.message))
+        self._spawn(self._bring_back(fresh, cause.message, member.status))
 
-    async def _bring_back(self, member: Member, cause: str) -> None:
+    async def _bring_back(self, member: Member, cause: str, before: WorkerStatus | None) -> None:
         noticed_s = time.monotonic()
         try:
             loaded: object = None
             while loaded is not self._model:  # it may be switched meanwhile
                 loaded = self._model
                 await self._load_current(member)
+                cause = await self._explained(member, cause, before)
                 if self.catch_up is not None:
                     limit_s = 2 * self._config.stage_deadline_s
                     await asyncio.wait_for(self.catch_up(member.name, member.handle), limit_s)
@@ -249,8 +256,17 @@ class RolloutPool:
         self.told(Replaced(role="rollout", name=member.name, cause=cause, seconds=seconds))
         await self._watch(member)
 
+    async def _explained(self, member: Member, cause: str, before: WorkerStatus | None) -> str:
+        """The cause of a predecessor's end, and whether the kernel may have struck: only its node knows."""
+        now = await self._bounded(member, member.handle.status(), "start")
+        if PHRASE in cause or not kernel_struck(before, now):
+            return cause
+        self._budget.explain(member, f"{STRUCK}. {REMEDIES['rollout']}")
+        return f"{cause}; {STRUCK}"
+
     async def _load_current(self, member: Member) -> None:
         await self._bounded(member, member.handle.load(*self._model), "start")
+        member.loaded = True
 
     async def _reload(self, member: Member) -> None:
         try:
@@ -283,11 +299,8 @@ class RolloutPool:
         while not member.gone:
             await asyncio.sleep(self._config.heartbeat_s)
             try:
-                status = member.handle.status()
-                member.status = await asyncio.wait_for(member.call(status), self._config.silence_deadline_s)
+                member.status = await heard(member, self._config)
                 reason = verdict(member.status, self._config)
-            except TimeoutError:
-                reason = silence(member, self._config, await member.handle.where())
             except TreadleError as error:
                 reason = _as_role_error(member, "heartbeat", error)
             if reason is not None and not member.gone:

@@ -12,8 +12,11 @@ from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import WorkerDiedError, WorkerHandle
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import RoleError, RolloutError
+from treadle.platform.memory import remedy
 
 T = TypeVar("T")
+_LAST_S = 3.0
+"""As long as `where` may take."""
 
 
 class Member:
@@ -22,6 +25,7 @@ class Member:
     def __init__(self, name: str, handle: WorkerHandle) -> None:
         self.name = name
         self.handle = handle
+        self.loaded = False  # holds a model, perhaps of old weights
         self.ready = False
         self.draws = 0
         self.asked: set[str] = set()  # issues
@@ -84,11 +88,23 @@ class Budget:
             )
         self.total += 1
 
+    def explain(self, member: Member, more: str) -> None:
+        """Adds to the cause of the member's last failure what was found out since."""
+        of = f"worker {member.name}: "
+        for at in range(len(self._spent) - 1, -1, -1):
+            since_s, cause = self._spent[at]
+            if cause.startswith(of):
+                self._spent[at] = (since_s, f"{cause}; {more}")
+                return
+
 
 def verdict(status: WorkerStatus, config: RolloutConfig) -> RoleError | None:
     """Why a worker that answers must still be replaced, or None."""
     if status.failure:
-        return RolloutError(f"rollout: the engine of worker {status.name} failed: {status.failure}")
+        return RolloutError(
+            f"rollout: the engine of worker {status.name} failed: {status.failure}",
+            remedy("rollout", status.failure),
+        )
     fetch_limit_s = (
         2 * config.stage_deadline_s
     )  # the fetch has its own deadline: this is for what that does not see
@@ -109,7 +125,34 @@ def verdict(status: WorkerStatus, config: RolloutConfig) -> RoleError | None:
     return None
 
 
-def silence(member: Member, config: RolloutConfig, where: str) -> RoleError:
+def kernel_struck(before: WorkerStatus | None, after: WorkerStatus) -> bool:
+    """Whether the kernel has ended a process for want of memory on the node of a worker and its successor."""
+    return before is not None and before.node == after.node and after.kernel_kills > before.kernel_kills
+
+
+async def heard(member: Member, config: RolloutConfig) -> WorkerStatus:
+    """The worker's answer to a heartbeat. Raises what the call raises, and `RolloutError` for one that is silent.
+
+    Where it hangs is asked for in the last seconds before its deadline, so that the answer holds up nobody.
+    """
+    asked = asyncio.ensure_future(member.call(member.handle.status()))
+    where: asyncio.Future[str] | None = None
+    try:
+        last_s = min(_LAST_S, 0.75 * config.silence_deadline_s)
+        done, _ = await asyncio.wait({asked}, timeout=config.silence_deadline_s - last_s)
+        if not done:
+            where = asyncio.ensure_future(member.handle.where())
+            done, _ = await asyncio.wait({asked}, timeout=last_s)
+        if not done and where is not None:
+            raise _silence(member, config, await where)
+        return asked.result()
+    finally:
+        asked.cancel()
+        if where is not None:
+            where.cancel()
+
+
+def _silence(member: Member, config: RolloutConfig, where: str) -> RoleError:
     """Why a worker that did not answer a heartbeat is replaced."""
     before = member.status.phase if member.status is not None else "starting"
     asked = ", ".join(sorted(member.asked)[:5])

@@ -43,6 +43,8 @@ class WorkerStatus:
     """In which functions the process is, once its engine is silent, or weights are being fetched, for a second."""
     fetching_s: float = 0.0
     """For how long it has been fetching weights."""
+    kernel_kills: int = 0
+    """See `memory.kernel_kills`: of its node."""
 
 
 class RolloutWorker:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from treadle.actors.calls import call, call_once, once
-from treadle.actors.deaths import why
+from treadle.actors.deaths import GONE, why
 from treadle.actors.mail import Courier, Letter, Mailbox, Reply
 from treadle.actors.stacks import where
 from treadle.actors.verify.asked import JudgeRequest
@@ -18,6 +18,7 @@ from treadle.actors.verify.client import ActorLostError, VerifierPool, VerifyHan
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.pool import ProcessPool
 from treadle.platform.errors import RoleError, TreadleError, VerifierError
+from treadle.platform.memory import remedy
 from treadle.platform.records import Ref, Verdict
 from treadle.platform.stacks import places
 
@@ -142,8 +143,9 @@ async def _answer(reference: Any, doing: str) -> Any:
     (completions may be lost with the node that drew them)."""
     try:
         return await reference
-    except (RayActorError, ActorUnschedulableError) as error:
-        raise ActorLostError(f"verify, {doing}: {why(error)}.") from error
+    except GONE as error:
+        cause = why(error)
+        raise ActorLostError(f"verify, {doing}: {cause}.", remedy("verify", cause)) from error
     except RayTaskError as error:
         if isinstance(error.cause, RoleError):
             raise error.cause from error
