@@ -15,6 +15,7 @@ from treadle.actors.broadcast.phases import EngineLostError, Offer
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import why
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
+from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places
 
 
@@ -58,6 +59,7 @@ class CoordinatorActor:
     while everything else hangs."""
 
     def __init__(self, config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> None:
+        enlist("broadcast-0")
         outgoing = Outgoing(
             transport=config.transport,
             bucket_bytes=config.bucket_bytes,

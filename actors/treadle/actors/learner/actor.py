@@ -25,6 +25,7 @@ from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import BroadcastError, DeadlineError
 from treadle.platform.packed import unpacked
 from treadle.platform.records import Group, Json, Offered, Ref, Share, TrainSample, WeightManifest
+from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places, stacks
 
 
@@ -65,6 +66,7 @@ class LearnerRankActor:
     """
 
     def __init__(self, rank: int, ranks: int, step_deadline_s: float) -> None:
+        enlist(f"learner-{rank}")
         self._rank = rank
         self._ranks = ranks
         self._deadline_s = step_deadline_s
