@@ -58,10 +58,10 @@ def chaos(
     if compare is not None:
         _undisturbed(compare, recipe, words, as_json=as_json)
     played = Conductor(plan, words, target, quiet=as_json).play()
-    told = _account(plan, played, RunFolder(target), compare)
+    told = tell(plan, played, RunFolder(target), compare)
     if RunFolder(target).config.exists():
-        write_json(target / FILE, told)
-    return {**told, "text": _text(told), "exit_code": int(bool(told["broken"]))}
+        write_json(target / FILE, {key: value for key, value in told.items() if key != "text"})
+    return {**told, "exit_code": int(bool(told["broken"]))}
 
 
 def _texts(plan: Plan) -> list[str]:
@@ -96,14 +96,14 @@ def _undisturbed(compare: Path, recipe: Recipe, words: Sequence[str], *, as_json
         )
 
 
-def _account(plan: Plan, played: Played, run: RunFolder, compare: Path | None) -> dict[str, Any]:
-    """Everything that is known; `broken` names what does not hold."""
+def tell(plan: Plan, played: Played, run: RunFolder, compare: Path | None) -> Result:
+    """Everything that is known of a game day that is over; `broken` names what does not hold."""
     began = run.config.exists()
     finished = began and played.code == 0 and run.summary.exists()
     found = account(run.path) if began and run.ledger.exists() else None
     faults = _faults(plan, played, run)
     seconds = [fault["recovered_s"] for fault in faults if fault.get("recovered_s") is not None]
-    told: dict[str, Any] = {
+    told: Result = {
         "folder": str(run.path),
         "plan": plan.name,
         "unix_s": time.time(),
@@ -121,10 +121,11 @@ def _account(plan: Plan, played: Played, run: RunFolder, compare: Path | None) -
     if compare is not None:
         told["compared_with"] = str(compare)
         told["same_digest"] = finished and told["weights_digest"] == digest_of(compare)
-    return {**told, "broken": _broken(plan, told, found)}
+    told["broken"] = _broken(plan, told, found)
+    return {**told, "text": _text(told)}
 
 
-def _broken(plan: Plan, told: dict[str, Any], found: Account | None) -> list[str]:
+def _broken(plan: Plan, told: Result, found: Account | None) -> list[str]:
     counts = asdict(found) if found else {}
     broken = [name for name in plan.check if counts.get(name)]
     if not told["finished"]:
@@ -180,7 +181,7 @@ def _failure(played: Played, run: RunFolder) -> str:
     return f"its driver ended with code {played.code}"
 
 
-def _text(told: dict[str, Any]) -> str:
+def _text(told: Result) -> str:
     rows = [[_at(told, fault), fault["fault"], *_fate(fault)] for fault in told["faults"]]
     lines = table(["after", "fault", "struck", "recovery"], rows)
     counts = "  ".join(f"{name} {count}" for name, count in told["account"].items())
@@ -204,7 +205,7 @@ def _text(told: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{verdict}  ({Path(told['folder']) / FILE})"])
 
 
-def _at(told: dict[str, Any], fault: dict[str, Any]) -> str:
+def _at(told: Result, fault: dict[str, Any]) -> str:
     """Seconds from the game day's beginning."""
     return f"{fault['unix_s'] - told['unix_s'] + told['wall_s']:.0f} s" if fault["struck"] else ""
 
