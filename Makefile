@@ -36,7 +36,7 @@ test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py c
 test-rollout: TESTS := actors/rollout e2e/test_weights.py $(patsubst %,contracts/test_%_contract.py,engine rollouts)
 test-learner: TESTS := actors/learner contracts/test_learner_contract.py
 test-backends: TESTS := contracts/test_learner_backend_contract.py
-test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recovery take_over)
+test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recovery elastic take_over)
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 

@@ -33,19 +33,29 @@ class Placement:
 
         Example: `RolloutWorker.options(**placement.options("rollout", 0)).remote(...)`.
         """
+        spec, position = self._bundle(role, index)
+        return {
+            "num_cpus": spec.cpus,
+            "num_gpus": spec.gpus,
+            "memory": spec.memory_bytes or None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group,
+                placement_group_bundle_index=position,
+                placement_group_capture_child_tasks=False,
+            ),
+        }
+
+    def held(self, role: str, index: int) -> bool:
+        """Whether a living node holds the bundle now. Asks Ray's head: not for an event loop."""
+        _, position = self._bundle(role, index)
+        node = placement_group_table(self.group)["bundles_to_node_id"].get(position, "")
+        return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
+
+    def _bundle(self, role: str, index: int) -> tuple[RoleSpec, int]:
         first = 0
         for spec in self.specs:
             if spec.role == role and index < spec.count:
-                return {
-                    "num_cpus": spec.cpus,
-                    "num_gpus": spec.gpus,
-                    "memory": spec.memory_bytes or None,
-                    "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                        placement_group=self.group,
-                        placement_group_bundle_index=first + index,
-                        placement_group_capture_child_tasks=False,
-                    ),
-                }
+                return spec, first + index
             first += spec.count
         raise PlacementError(f"No bundle was reserved for {role} {index}.", "Reserve it with its RoleSpec.")
 

@@ -182,6 +182,20 @@ def chaos(
 
 
 @app.command()
+def scale(
+    run_folder: RunArg,
+    sizes: Annotated[
+        list[str], typer.Argument(metavar="[key=value]...", help="rollout.workers=4, verify.processes=3")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Let rollout workers and verifier processes join or leave a run that goes on."""
+    from treadle.workflows import elastic
+
+    _finish(elastic.ask(run_folder, sizes), as_json)
+
+
+@app.command()
 def status(run_folder: RunArg, as_json: AsJson = False) -> None:
     """Say where a run stands: state, stage, step, samples, last figures."""
     from treadle.workflows import inspection

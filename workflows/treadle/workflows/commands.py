@@ -12,6 +12,7 @@ from typing import Any
 from treadle.platform.config import to_yaml
 from treadle.platform.errors import ConfigError, Interrupted
 from treadle.workflows.data.tokenization import load_tokenizer
+from treadle.workflows.elastic import forget
 from treadle.workflows.folder import RunFolder, read_json, refuse_url, replace_file
 from treadle.workflows.inputs import build_inputs
 from treadle.workflows.outputs import outputs_of
@@ -67,6 +68,7 @@ def resume(
     if state.get("state") == "finished" and target.summary.exists():
         return {**read_json(target.summary), "text": _text(target)}
     if address or overrides:
+        forget(path)
         recipe = addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
     return _play(recipe, path, as_json)

@@ -34,6 +34,7 @@ class RunFolder:
     logs/              the roles' logs
     mirror.json        how far the mirror is; mirror/: what waits to be copied there
     roles.json         what every role is doing, every few seconds
+    scale.json         how many workers and verifier processes were asked for last
     failures/          what was known at each failure: roles, stacks
     chaos/             what a game day has ordered, and what has happened; chaos.json: its account
     summary.json, report.html

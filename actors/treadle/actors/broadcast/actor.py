@@ -88,7 +88,7 @@ class CoordinatorActor:
 
     @once
     async def forget(self, name: str) -> None:
-        self._coordinator.forget(name)
+        await self._coordinator.forget(name)
 
     async def phase(self) -> str:
         """What it is doing; answers while the event loop turns."""

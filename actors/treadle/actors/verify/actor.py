@@ -61,6 +61,9 @@ class VerifyActor:
     async def ping(self) -> None:
         """Answers while the event loop turns."""
 
+    async def resize(self, processes: int) -> None:
+        self._pool.resize(processes)
+
     @ray.method(concurrency_group="health")
     async def where(self) -> str:
         return places()
@@ -93,6 +96,9 @@ class RayVerifyHandle:
 
     async def ping(self) -> None:
         await _answer(call(self.actor, "ping"), "ping")
+
+    async def resize(self, processes: int) -> None:
+        await _answer(call(self.actor, "resize", processes), "resize")
 
     async def where(self) -> str:
         return await where(self.actor)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from treadle.actors.replaced import Replaced, Told, tell_nobody
@@ -26,11 +26,13 @@ class ActorLostError(VerifierError):
 
 
 class VerifyHandle(Protocol):
-    """One verify actor. `judge` and `ping` raise `ActorLostError` when it is gone, `where` never raises."""
+    """One verify actor. `judge`, `ping` and `resize` raise `ActorLostError` when it is gone, `where` never raises."""
 
     async def judge(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]: ...
 
     async def ping(self) -> None: ...
+
+    async def resize(self, processes: int) -> None: ...
 
     async def where(self) -> str:
         """Where an actor that does not answer hangs, as far as can be found out within a few seconds."""
@@ -65,6 +67,7 @@ class VerifierPool:
     def __init__(self, config: VerifyConfig, spawn: Spawn) -> None:
         config.check()
         self._config = config
+        self._started_with = config.processes
         self._spawn = spawn
         self._slots: list[_Slot] = []
         self._counter = VerdictCounter()
@@ -99,6 +102,28 @@ class VerifierPool:
             verdicts = _without_answer(request, VerdictStatus.TIMED_OUT, detail)
         self._counter.add(verdicts)
         return verdicts
+
+    async def resize(self, processes: int) -> None:
+        """Every actor, also one that replaces another, goes on with so many processes. Raises `ConfigError`."""
+        config = replace(self._config, processes=processes)
+        config.check()
+        self._config = config
+        await asyncio.gather(*(self._resized(slot) for slot in self._slots))
+
+    async def _resized(self, slot: _Slot) -> None:
+        handle = slot.handle
+        if handle is None:
+            return
+        try:
+            async with asyncio.timeout(PING_DEADLINE_S):
+                await handle.resize(self._config.processes)
+        except (TimeoutError, ActorLostError):  # its replacement will have as many
+            await asyncio.shield(self._suspect(slot, handle))
+
+    @property
+    def processes(self) -> int:
+        """Of each actor."""
+        return self._config.processes
 
     def stats(self) -> VerifyStats:
         """Verdicts so far by status, and seconds per completion."""
@@ -203,7 +228,10 @@ class VerifierPool:
         while self._respawns_left > 0:
             self._respawns_left -= 1
             try:
-                return await self._spawn(index)
+                handle = await self._spawn(index)
+                if self._config.processes != self._started_with:
+                    await handle.resize(self._config.processes)
+                return handle
             except RoleError as error:
                 _LOG.warning("verify: an actor could not be replaced: %s", error)
         return None
