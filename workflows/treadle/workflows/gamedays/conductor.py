@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from treadle.platform.failpoints import ENV, ENV_FILE, ENV_ONCE
+from treadle.platform.processes import die_with
 from treadle.platform.rollcall import ENV_ROLL
 from treadle.platform.tracking.spool import METRICS_FILE, read_lines
 from treadle.workflows.folder import CHAOS
@@ -152,6 +154,7 @@ class Conductor:
             stderr=self._log,
             text=True,
             start_new_session=True,  # a Ctrl-C is passed on once, below
+            preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  it must not outlive us
         )
 
     def _read_orders(self) -> None:
