@@ -53,7 +53,7 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_dies_and_grows_back_when_o
             made = steps_of(folder)
             until(lambda: steps_of(folder) > made)
             fresh = start_node(cluster, ENGINES, "fresh", **QUICK_CHECKS)
-            until(lambda: events_of(folder, "replaced"))
+            until(lambda: [event for event in events_of(folder, "replaced") if event["role"] == "rollout"])
             assert processes_of(fresh, "ray::RolloutActor")
             out, err = process.communicate(timeout=900)
         except BaseException:
@@ -63,7 +63,9 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_dies_and_grows_back_when_o
     assert shrunk["workers"] == 1
     assert shrunk["time"] - struck < 30
     assert "its node died" in shrunk["message"]
-    assert summary_of(folder)["replacements"] == {"rollout": 1}
+    assert (
+        summary_of(folder)["replacements"]["rollout"] == 1
+    )  # the coordinator may have been on that node, too
     assert clean(account(folder)), account(folder)
     assert same_bits(folder, undisturbed)
 

@@ -21,7 +21,7 @@ from treadle.platform.failpoints import ENV, ENV_FILE, ENV_ONCE
 from treadle.platform.processes import die_with
 from treadle.platform.rollcall import ENV_ROLL
 from treadle.platform.tracking.spool import METRICS_FILE, read_lines
-from treadle.workflows.folder import CHAOS
+from treadle.workflows.folder import CHAOS, RunFolder
 from treadle.workflows.gamedays.cast import Cast, strike
 from treadle.workflows.gamedays.plan import ACTIONS, Plan, Timed
 
@@ -113,10 +113,10 @@ class Conductor:
                 if driver.poll() is not None:
                     if driver.returncode == 0 or driver.pid not in self._victims():
                         break
-                    driver = self._start("resume", str(self._folder))
+                    driver = self._continued()
                 elif self._abandoned(driver):
                     self._zombies.append(driver)
-                    driver = self._start("resume", str(self._folder))
+                    driver = self._continued()
                 else:
                     self._strike(driver, passed_s)
                     time.sleep(_TICK_S)
@@ -156,6 +156,12 @@ class Conductor:
             start_new_session=True,  # a Ctrl-C is passed on once, below
             preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  it must not outlive us
         )
+
+    def _continued(self) -> subprocess.Popen[str]:
+        """The next driver; from the beginning where the one before had not got so far that there is a run."""
+        if RunFolder(self._folder).config.exists():
+            return self._start("resume", str(self._folder))
+        return self._start("run", *self._words)
 
     def _read_orders(self) -> None:
         """The failpoints that have struck: each leaves a file with the process's id."""
