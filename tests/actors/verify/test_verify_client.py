@@ -274,7 +274,7 @@ def test_an_actor_that_does_not_hear_of_a_change_is_replaced_by_one_of_the_new_s
     async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
         handles[0].kill()
         await client.resize(2)
-        assert len(handles) == 2
+        await until(lambda: len(client.handles) == 1)
         assert handles[1].pool.stats().processes == 2
 
     with_client(odd_config(), body)
@@ -287,6 +287,54 @@ def test_more_processes_than_the_most_are_refused_and_nothing_changes() -> None:
         assert (client.processes, handles[0].pool.stats().processes) == (1, 1)
 
     with_client(odd_config(max_processes=2), body)
+
+
+def test_groups_go_to_the_others_while_the_cluster_has_no_place_for_a_replacement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("treadle.actors.verify.client._LOOK_S", 0.02)
+    monkeypatch.setattr("treadle.actors.verify.client._NO_PLACE_S", 0.1)
+
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        placed, missing = False, list[str]()
+
+        async def has_place(index: int) -> bool:
+            return placed or index != 0
+
+        client.placed, client.missing = has_place, lambda name, _: missing.append(name)
+        first, second = client.handles
+        assert isinstance(first, LocalHandle)
+        assert isinstance(second, LocalHandle)
+        first.kill()
+        answers = await asyncio.gather(*(client.judge(drawn("ok")) for _ in range(6)))
+        assert all(statuses(answer) == ["scored"] for answer in answers)
+        await until(lambda: missing == ["verify-0"])
+        assert client.handles == (second,)
+        placed = True
+        await until(lambda: len(client.handles) == 2)
+        assert missing == ["verify-0"], "told once"
+
+    with_client(odd_config(actors=2), body)
+
+
+def test_groups_wait_for_the_only_actors_replacement() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        placed = False
+
+        async def has_place(_: int) -> bool:
+            return placed
+
+        client.placed = has_place
+        handles[0].kill()
+        waiting = [asyncio.create_task(client.judge(drawn("ok"))) for _ in range(3)]
+        await until(lambda: not client.handles)
+        waiting.append(asyncio.create_task(client.judge(drawn("ok"))))
+        await asyncio.sleep(0.1)
+        placed = True
+        for one in waiting:
+            assert statuses(await one) == ["scored"]
+
+    with_client(odd_config(), body)
 
 
 async def until(holds: Callable[[], bool]) -> None:

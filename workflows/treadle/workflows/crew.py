@@ -69,10 +69,10 @@ def _rollouts(recipe: Recipe, places: Places, staleness: int = 0) -> RolloutPool
     return pool
 
 
-def _places(recipe: Recipe, placement: Placement) -> Places:
+def _places(recipe: Recipe, placement: Placement, role: RoleSpec) -> Places:
     return Places(
         placement,
-        recipe.rollout.role(),
+        role,
         embedded=not recipe.cluster.address,
         deadline_s=recipe.cluster.placement_deadline_s,
     )
@@ -83,7 +83,10 @@ def _number(name: str) -> int:
 
 
 def _verifiers(recipe: Recipe, placement: Placement) -> VerifierPool:
-    return ray_verifier_pool(recipe.verify, lambda index: placement.options("verify", index))
+    places = _places(recipe, placement, recipe.verify.role())
+    pool = ray_verifier_pool(recipe.verify, places.options)
+    pool.placed = places.has
+    return pool
 
 
 class _NoBroadcast:
@@ -108,7 +111,7 @@ class Crew:
             recipe.learner,
             [placement.options("learner", i)["scheduling_strategy"] for i in range(recipe.learner.ranks)],
         )
-        self._places = _places(recipe, placement)
+        self._places = _places(recipe, placement, recipe.rollout.role())
         self._rollouts = _rollouts(recipe, self._places, staleness)
         self._verifiers = _verifiers(recipe, placement)
         self._broadcast: Broadcaster | None = None
@@ -129,9 +132,9 @@ class Crew:
 
     def tell(self, told: Told, missing: Callable[[str, str], None]) -> None:
         """From now on `told` hears of every process that a role has replaced by itself, and `missing` (name, cause) of
-        rollout workers that the cluster has no place for."""
+        one whose successor the cluster has no place for."""
         self._told = self._rollouts.told = self._verifiers.told = told
-        self._rollouts.missing = missing
+        self._rollouts.missing = self._verifiers.missing = missing
 
     @property
     def engines_ready(self) -> bool:
@@ -310,7 +313,7 @@ async def open_engines(recipe: Recipe, model: str) -> AsyncIterator[tuple[Rollou
     """Engines that hold a model folder, and verifiers: enough to evaluate."""
     placement = await _reserved(recipe, engine_specs(recipe))
     rollouts, verifiers = (
-        _rollouts(recipe, _places(recipe, placement)),
+        _rollouts(recipe, _places(recipe, placement, recipe.rollout.role())),
         _verifiers(recipe, placement),
     )
     try:

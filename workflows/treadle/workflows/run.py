@@ -96,11 +96,10 @@ class Run:
         )
 
     def missing(self, name: str, cause: str) -> None:
-        """The cluster has no place for a rollout worker's successor: the run goes on with fewer, until there is one."""
+        """The cluster has no place for a worker's or a verifier's successor: the run goes on with fewer, until there is
+        one."""
         left = self.crew.sizes()[WORKERS]
-        self.tracker.say(
-            f"{name} has no place in the cluster, and the run goes on with {left} workers: {cause}"
-        )
+        self.tracker.say(f"{name} has no place in the cluster, and the run goes on without it: {cause}")
         self.tracker.event(SHRUNK, {"name": name, "message": cause, "workers": left})
 
     def leave(self, nodes: Mapping[str, float]) -> None:

@@ -20,6 +20,10 @@ _LOG = logging.getLogger(__name__)
 PING_DEADLINE_S = 5.0
 """An actor that lives answers a ping at once: its event loop never waits for a verifier."""
 
+_LOOK_S = 1.0
+_NO_PLACE_S = 3.0
+"""A cluster needs moments to give a lost actor's place to its replacement."""
+
 
 class ActorLostError(VerifierError):
     """The verify actor is gone, or does not answer; says nothing about what it was judging."""
@@ -53,10 +57,12 @@ class _Slot:
     asked: set[str] = field(default_factory=set)
     """Groups that it is judging."""
     probe: asyncio.Task[None] | None = None
+    replacing: asyncio.Task[None] | None = None
 
 
 class VerifierPool:
-    """Sends each group to the least loaded actor and replaces actors that die.
+    """Sends each group to the least loaded actor and replaces actors that die; where the cluster has no place for a
+    replacement (`placed` says so, `missing` hears of it), the others go on until there is one.
 
     consumes: drawn groups; waits for: an actor's answer, at most `judge_deadline_s`; unblocked by: the
     answer, the actor's death or the deadline; produces: verdicts, `failed` or `timed_out` where no answer
@@ -75,6 +81,8 @@ class VerifierPool:
         self._first_cause = ""
         self.hedged = 0
         self.told: Told = tell_nobody
+        self.placed: Callable[[int], Awaitable[bool]] = _always
+        self.missing: Callable[[str, str], None] = lambda _name, _cause: None
 
     async def start(self) -> None:
         """Starts the actors. Raises `VerifierError` when one cannot start, after ending the others."""
@@ -138,9 +146,10 @@ class VerifierPool:
         """Ends the actors."""
         slots, self._slots = self._slots, []
         for slot in slots:
-            if slot.probe is not None:
-                slot.probe.cancel()
-                await asyncio.gather(slot.probe, return_exceptions=True)
+            tasks = [task for task in (slot.probe, slot.replacing) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if slot.handle is not None:
                 slot.handle.kill()
 
@@ -164,7 +173,7 @@ class VerifierPool:
 
     async def _ask_one(self, request: JudgeRequest, texts: Ref) -> tuple[Verdict, ...]:
         reason = ""
-        while (slot := self._least_loaded()) is not None:
+        while (slot := await self._chosen()) is not None:
             handle = slot.handle
             assert handle is not None
             slot.load += 1
@@ -190,9 +199,16 @@ class VerifierPool:
             )
         return _without_answer(request, VerdictStatus.FAILED, reason)
 
-    def _least_loaded(self) -> _Slot | None:
-        alive = [slot for slot in self._slots if slot.handle is not None]
-        return min(alive, key=lambda slot: slot.load, default=None)
+    async def _chosen(self) -> _Slot | None:
+        """The least loaded actor. Where there is none, waits for one that is being replaced; None if none is."""
+        while True:
+            alive = [slot for slot in self._slots if slot.handle is not None]
+            if alive:
+                return min(alive, key=lambda slot: slot.load)
+            coming = [slot.replacing for slot in self._slots if slot.replacing and not slot.replacing.done()]
+            if not coming:
+                return None
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
 
     def _suspect(self, slot: _Slot, handle: VerifyHandle) -> asyncio.Task[None]:
         """The one probe of an actor under suspicion. It outlives the call that raised the suspicion."""
@@ -219,13 +235,18 @@ class VerifierPool:
             self._first_cause = self._first_cause or cause
             _LOG.warning("verify: replacing an actor: %s", cause)
             suspect.kill()
-            slot.handle = await self._replacement(slot.index)
-            if slot.handle is not None:
-                seconds = time.monotonic() - noticed_s
-                self.told(Replaced(role="verify", name=f"verify-{slot.index}", cause=cause, seconds=seconds))
+            slot.handle = None  # the others take what comes meanwhile
+            slot.replacing = asyncio.create_task(self._replace(slot, cause, noticed_s))
 
-    async def _replacement(self, index: int) -> VerifyHandle | None:
+    async def _replace(self, slot: _Slot, cause: str, noticed_s: float) -> None:
+        slot.handle = await self._replacement(slot.index, cause)
+        if slot.handle is not None:
+            seconds = time.monotonic() - noticed_s
+            self.told(Replaced(role="verify", name=f"verify-{slot.index}", cause=cause, seconds=seconds))
+
+    async def _replacement(self, index: int, cause: str) -> VerifyHandle | None:
         while self._respawns_left > 0:
+            await self._until_placed(index, cause)
             self._respawns_left -= 1
             try:
                 handle = await self._spawn(index)
@@ -235,6 +256,20 @@ class VerifierPool:
             except RoleError as error:
                 _LOG.warning("verify: an actor could not be replaced: %s", error)
         return None
+
+    async def _until_placed(self, index: int, cause: str) -> None:
+        """consumes: what the cluster says; waits for: a place for the actor; unblocked by: one, or the pool's closing;
+        produces: one notice if there is none. It has no deadline: groups have."""
+        noticed_s, told = time.monotonic(), False
+        while not await self.placed(index):
+            if not told and time.monotonic() - noticed_s > _NO_PLACE_S:
+                self.missing(f"verify-{index}", cause)
+                told = True
+            await asyncio.sleep(_LOOK_S)
+
+
+async def _always(_: int) -> bool:
+    return True
 
 
 def _without_answer(request: JudgeRequest, status: VerdictStatus, detail: str) -> tuple[Verdict, ...]:
