@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, samples_of, summary_of, wait_until
 
 from treadle.platform.rollcall import ENV_ROLL
+from treadle.platform.tracking import read_metrics
 from treadle.workflows.gamedays.account import account, clean, events_of
 from treadle.workflows.gamedays.cast import Cast
 
@@ -36,7 +37,7 @@ def test_workers_join_and_leave_and_the_run_ends_with_the_same_bits(
                 assert wait_until(lambda: holds() or process.poll() is not None, 600)
                 assert process.poll() is None, (tmp_path / "said.log").read_text()
 
-            until((folder / "metrics.jsonl").exists)
+            until(lambda: read_metrics(folder))
             assert len(cast.of("rollout")) == 1
             scaled(folder, "rollout.workers=3", "verify.processes=2")
             until(lambda: len(events_of(folder, "scaled")) == 1)
