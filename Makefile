@@ -29,14 +29,14 @@ test: $(VENV)/.dev lint ## Everything CI checks: style, types, floors, tests
 	$(MAKE) --no-print-directory -k -j3 -Otarget $(PARTS:%=test-%)
 
 test-kills: TESTS := e2e/test_kill_and_resume.py
-test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk mirror)
+test-runs: TESTS := $(patsubst %,e2e/test_%.py,bad_input cluster_runs documents full_disk gamedays mirror)
 test-plain: TESTS := actors/test_mail.py actors/test_deaths.py actors/test_calls.py platform workflows kernels dashboards benchmarks test_packaging.py
 test-verify: TESTS := actors/verify contracts/test_verifier_contract.py contracts/test_verifiers_contract.py
 test-broadcast: TESTS := actors/broadcast contracts/test_broadcast_contract.py contracts/test_transport_contract.py
 test-rollout: TESTS := actors/rollout e2e/test_weights.py $(patsubst %,contracts/test_%_contract.py,engine rollouts)
 test-learner: TESTS := actors/learner contracts/test_learner_contract.py
 test-backends: TESTS := contracts/test_learner_backend_contract.py
-test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recovery take_over)
+test-cluster: TESTS := cluster $(patsubst %,e2e/test_%.py,verifier_faults recovery elastic take_over)
 test-%: $(VENV)/.dev
 	$(PYTEST) $(TESTS:%=tests/%)
 

@@ -125,6 +125,15 @@ def cluster_of(head: Node, *others: Node, **settings: str) -> Iterator[RunningCl
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def start_node(cluster: RunningCluster, node: Node, name: str, **settings: str) -> subprocess.Popen[bytes]:
+    """One more node joins a running cluster, which ends it, too; it may take a while until it is there."""
+    env = {**cluster.environment(), "RAY_AUTH_MODE": "token", **settings}
+    started = _start(node, [f"--address={cluster.address}"], env, cluster.folder, name)
+    assert isinstance(cluster.nodes, list)
+    cluster.nodes.append(started)
+    return started
+
+
 def free_ports(count: int) -> list[int]:
     """Ports nobody listens on, all different."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

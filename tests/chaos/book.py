@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -13,20 +12,10 @@ from pathlib import Path
 
 from tests.benchmarks.bench_rows import hardware, table
 
+from treadle.workflows.gamedays.account import Account, percentile
+
 OUT = "TREADLE_CHAOS_OUT"
 """Names the file; unset, nothing is written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """What became of a run's groups (`mixed` and `stale`: samples) and weights; all must be 0 but `issued`."""
-
-    issued: int
-    lost: int
-    doubled: int
-    mixed: int
-    stale: int
-    poisoned: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +40,6 @@ class Row:
             "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
             "hardware": hardware(),
         }
-
-
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value that `share` of the values do not exceed, interpolated; None for no values."""
-    if not values:
-        return None
-    if len(values) == 1:
-        return round(values[0], 3)
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return round(cuts[round(share * 100) - 1], 3)
 
 
 def write_row(row: Row) -> None:

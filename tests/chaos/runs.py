@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-from safetensors import safe_open
-from tests.chaos.book import Account
-from tests.e2e.programs import TINY, WITH_PROMPTS, Ended, Program, patiently, summary_of, wait_until
+from tests.e2e.programs import TINY, WITH_PROMPTS, Ended, Program, patiently, wait_until
 
-from treadle.platform.metric_names import MISMATCH_MAX
+from treadle.workflows.gamedays.account import (
+    Account,
+    Recoveries,
+    account,
+    clean,
+    digest_of,
+    events_of,
+    not_finite,
+)
 
+__all__ = ["Account", "account", "clean", "events_of", "not_finite"]
 COMMIT = "checkpoints/rl/step-00000002/COMMITTED"
 """The first commit of the tiny recipe."""
 PATIENT = (
@@ -42,15 +47,9 @@ class Chaos:
 
     def recoveries_s(self, role: str) -> list[float]:
         """From each fault to the end of the replacement that came after it."""
-        kinds = {"learner": "recovery"}
-        ends = sorted(
-            e["time"] for e in self.events(kinds.get(role, "replaced")) if e.get("role", role) == role
-        )
-        return [
-            min(end for end in ends if end >= at) - at
-            for at in self.faults.values()
-            if ends and ends[-1] >= at
-        ]
+        known = Recoveries.of(self.folder)
+        found = (known.after(role, at, ended=True) for at in self.faults.values())
+        return [seconds for seconds, sign in filter(None, found) if sign != "next step"]
 
     def metrics(self, name: str) -> list[float]:
         """A figure of every step that has it."""
@@ -64,23 +63,9 @@ class Chaos:
 
     def steps_resumed_s(self) -> list[float]:
         """From each fault to the next step that was made, redone work included."""
-        times = self.times()
-        return [min(t for t in times if t >= at) - at for at in self.faults.values() if times[-1] >= at]
-
-
-def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Fields of all events of a kind, with their time (Unix seconds)."""
-    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [{**line["fields"], "time": line["time"]} for line in lines if line["kind"] == kind]
-
-
-def mixed_and_stale(folder: Path, staleness: int = 0) -> tuple[int, int]:
-    """Kept samples that two versions drew (counted at η=0 only), and those older than η allows."""
-    files = sorted((folder / "rollouts").glob("*.parquet"))
-    rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-    assert rows, "the run kept no samples"
-    mixed = sum(row["version_oldest"] != row["version_newest"] for row in rows) if not staleness else 0
-    return mixed, sum(row["step"] - row["version_oldest"] > staleness for row in rows)
+        known = Recoveries.of(self.folder)
+        found = (known.after("driver", at, ended=True) for at in self.faults.values())
+        return [seconds for seconds, _ in filter(None, found)]
 
 
 def chaotic(
@@ -141,43 +126,8 @@ def struck(
 
 def first_step_after(folder: Path, since: float) -> float:
     """Seconds from a moment (Unix) to the first step that was made after it."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return min(line["time"] for line in lines if line["time"] > since) - since
-
-
-def account(folder: Path, *, staleness: int = 0) -> Account:
-    """The invariants of a finished run, from the ledger, the kept samples and the exported weights."""
-    samples = summary_of(folder)["samples"]
-    mixed, stale = mixed_and_stale(folder, staleness)
-    return Account(
-        issued=samples["issued"],
-        lost=samples["lost"] + samples["in_flight"],
-        doubled=samples["doubled"],
-        mixed=mixed,
-        stale=stale,
-        poisoned=not_finite(folder) + sum(not finite for finite in _figures(folder)),
-    )
-
-
-def not_finite(folder: Path) -> int:
-    """Tensors of the exported weights with a NaN or an infinity."""
-    bad = 0
-    for file in (folder / "artifacts").rglob("*.safetensors"):
-        with safe_open(str(file), "pt") as tensors:
-            bad += sum(not bool(tensors.get_tensor(name).isfinite().all()) for name in tensors.keys())  # noqa: SIM118
-    return bad
-
-
-def _figures(folder: Path) -> list[bool]:
-    """Whether engine and learner agreed at each comparison with a finite figure."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [math.isfinite(line["metrics"].get(MISMATCH_MAX, 0.0)) for line in lines]
-
-
-def clean(found: Account) -> bool:
-    """Whether every invariant holds."""
-    return not (found.lost or found.doubled or found.mixed or found.stale or found.poisoned)
+    return min(time for time in Recoveries.of(folder).steps if time > since) - since
 
 
 def same_bits(folder: Path, undisturbed: Path) -> bool:
-    return bool(summary_of(folder)["weights_digest"] == summary_of(undisturbed)["weights_digest"])
+    return digest_of(folder) == digest_of(undisturbed)

@@ -3,7 +3,7 @@
 One run of the tiny recipe, with calm windows, storms outside the learner and storms over all roles in turns, so that a
 machine that changes speed changes all three. In a storm a process is killed or frozen every 20 to 30 s. Throughput
 retained is groups trained per second (those that a rollback undid do not count) in storms over that in calm windows.
-At the end the ledger and the kept samples are checked. Exit code 1 where an invariant is broken or the run ended.
+At the end the ledger is checked. Exit code 1 where an invariant is broken or the run ended.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 from tests.benchmarks.bench_rows import hardware
-from tests.chaos.book import percentile
-from tests.chaos.runs import events_of, mixed_and_stale
 from tests.e2e.programs import TINY, TREADLE, WITH_PROMPTS, Program, wait_until
 
 from treadle.platform.errors import LedgerError, StorageError
 from treadle.platform.ledger import Ledger
+from treadle.platform.rollcall import ENV_ROLL
+from treadle.workflows.gamedays.account import account, events_of, percentile
+from treadle.workflows.gamedays.cast import Cast, strike
+from treadle.workflows.gamedays.plan import ACTIONS
 
 CALM_S, STORM_S = 45.0, 180.0
 SETTINGS = (
@@ -52,26 +53,26 @@ SETTINGS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What happens to which processes: `title` is part of a command line, or a process name."""
+    """What happens to a process of a role, and how often it is chosen."""
 
-    name: str
-    title: str
-    signal: signal.Signals
+    role: str
+    action: str
     weight: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}: {self.action}"
 
 
 OUTSIDE = (
-    Fault(name="rollout worker killed", title="ray::RolloutActor", signal=signal.SIGKILL, weight=3),
-    Fault(name="rollout worker frozen", title="ray::RolloutActor", signal=signal.SIGSTOP, weight=1),
-    Fault(name="verify actor killed", title="ray::VerifyActor", signal=signal.SIGKILL, weight=2),
-    Fault(name="verifier process killed", title="verifier", signal=signal.SIGKILL, weight=2),
-    Fault(name="verifier process frozen", title="verifier", signal=signal.SIGSTOP, weight=1),
-    Fault(name="coordinator killed", title="ray::CoordinatorActor", signal=signal.SIGKILL, weight=2),
+    Fault(role="rollout", action="kill", weight=3),
+    Fault(role="rollout", action="freeze", weight=1),
+    Fault(role="verify", action="kill", weight=2),
+    Fault(role="verifier", action="kill", weight=2),
+    Fault(role="verifier", action="freeze", weight=1),
+    Fault(role="broadcast", action="kill", weight=2),
 )
-LEARNER = (
-    Fault(name="learner rank killed", title="ray::LearnerRankActor", signal=signal.SIGKILL, weight=3),
-    Fault(name="learner rank frozen", title="ray::LearnerRankActor", signal=signal.SIGSTOP, weight=1),
-)
+LEARNER = (Fault(role="learner", action="kill", weight=3), Fault(role="learner", action="freeze", weight=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,8 @@ class Soak:
         self._random = random.Random(seed)
         self._begun = False
         words = ("run", str(TINY), WITH_PROMPTS, *SETTINGS, "--dir", str(folder))
-        self._program = Program(words=words)
+        self._cast = Cast(folder.parent / "roll")
+        self._program = Program(words=words, environment={ENV_ROLL: str(self._cast.roll)})
         self._log = (folder.parent / "soak.log").open("w+")
         self._process = subprocess.Popen(
             [str(TREADLE), *words],
@@ -147,17 +149,8 @@ class Soak:
 
     def _strike(self, faults: Sequence[Fault]) -> str:
         [fault] = self._random.choices(faults, [fault.weight for fault in faults])
-        found = [process for process in self._processes() if _is(process, fault.title)]
-        if not found:
-            return ""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._random.choice(found).send_signal(fault.signal)
-            return fault.name
-        return ""
-
-    def _processes(self) -> list[psutil.Process]:
-        pids = (int(line.split()[0]) for line in self._program.survivors())
-        return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        found = self._cast.of(fault.role)
+        return fault.name if found and strike(self._random.choice(found), ACTIONS[fault.action]) else ""
 
     def end(self) -> int:
         """Ctrl-C. Returns the number of processes that are left after it."""
@@ -173,14 +166,6 @@ class Soak:
         return left
 
 
-def _is(process: psutil.Process, title: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return (
-            process.name() == title if "::" not in title else any(title in word for word in process.cmdline())
-        )
-    return False
-
-
 def retained(windows: Sequence[Window], kind: str) -> float:
     """Median rate of the storms of a kind over that of the calm windows."""
     storms = [window.rate for window in windows if window.kind == kind]
@@ -192,14 +177,8 @@ def verdict(folder: Path, windows: Sequence[Window], left: int, alive: bool) -> 
     """The figures, and the broken invariants by name."""
     with Ledger.open(folder / "ledger.sqlite", read_only=True) as ledger:
         audit = ledger.audit()
-    mixed, stale = mixed_and_stale(folder)
-    counts = {
-        "lost": audit.lost,
-        "doubled": audit.doubled,
-        "mixed": mixed,
-        "stale": stale,
-        "processes left": left,
-    }
+    counts = {**asdict(account(folder)), "processes left": left}
+    del counts["issued"]
     seconds = [float(e["seconds"]) for kind in ("replaced", "recovery") for e in events_of(folder, kind)]
     return {
         "faults": sum(len(window.faults) for window in windows),

@@ -115,3 +115,64 @@ def test_a_busy_cluster_is_waited_for_and_then_named(running_cluster: RunningClu
     assert "large enough but busy" in str(busy["text"])
     assert "placement_deadline_s" in str(busy["text"])
     assert 2.0 < float(str(freed["waited"])) < 60
+
+
+def test_further_actors_get_places_of_their_own_or_a_diagnosis_and_give_them_back(
+    running_cluster: RunningCluster,
+) -> None:
+    """Of the two GPUs the run's own placement takes one."""
+    body = """
+    import asyncio
+    from treadle.cluster.places import Places
+    spec = RoleSpec(role="rollout", count=1, cpus=1, gpus=1)
+    placement = reserve([spec], 60.0)
+    places = Places(placement, spec, embedded=False, deadline_s=2.0)
+    def role(index):
+        return ray.get(Role.options(**places.options(index)).remote().where.remote(), timeout=60)
+    async def grow(count):
+        await places.reserve(count)
+        return [await places.has(index) for index in range(min(count, 2))]
+    def options_of(index):
+        try:
+            return sorted(places.options(index))
+        except TreadleError as error:
+            return f"{type(error).__name__}: {error}"
+    say(held=asyncio.run(grow(3)), gpus=[len(role(0)[1]), len(role(1)[1])], third=options_of(2))
+    say(nodes=len(places.nodes()))
+    places.give_back([0])
+    say(again=asyncio.run(grow(2)), gpus=len(role(1)[1]), unheard=placement.held("rollout", 0))
+    places.give_back(())
+    embedded = Places(placement, RoleSpec(role="rollout", count=1, cpus=1), embedded=True, deadline_s=2.0)
+    asyncio.run(embedded.reserve(2))
+    say(embedded=embedded.options(1), has=asyncio.run(embedded.has(1)))
+    placement.release()
+    """
+    grown, nodes, again, embedded = _drive(running_cluster, body)
+    assert (grown["held"], grown["gpus"]) == ([True, True], [1, 1])
+    assert "PlacementError: The roles were not placed within 2 s" in str(grown["third"])
+    assert nodes == {"nodes": 1}
+    assert again == {"again": [True, True], "gpus": 1, "unheard": True}
+    assert embedded == {"embedded": {"num_cpus": 0}, "has": True}
+
+
+def test_the_faults_that_were_ordered_of_a_driver_reach_its_actors(running_cluster: RunningCluster) -> None:
+    code = """
+    import os
+    os.environ["TREADLE_FAILPOINTS"] = "learner.before_step=kill@9"
+    """
+    body = """
+    @ray.remote
+    def ordered():
+        return os.environ.get("TREADLE_FAILPOINTS")
+    say(ordered=ray.get(ordered.remote(), timeout=100))
+    """
+    program = textwrap.dedent(code) + PRELUDE + textwrap.indent(textwrap.dedent(body), "    ")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**running_cluster.environment(), "CLUSTER": running_cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'SAYS {"ordered": "learner.before_step=kill@9"}' in done.stdout

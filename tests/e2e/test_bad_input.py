@@ -302,7 +302,19 @@ def test_with_json_an_error_is_an_object_on_standard_output(cli: Cli, words: tup
     assert error["kind"] in ("ConfigError", "DataError")
 
 
-COMMANDS = ("run", "demo", "resume", "submit", "status", "eval", "export", "report", "recipes")
+COMMANDS = (
+    "run",
+    "demo",
+    "resume",
+    "submit",
+    "scale",
+    "chaos",
+    "status",
+    "eval",
+    "export",
+    "report",
+    "recipes",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -51,6 +51,18 @@ def test_the_first_passage_is_the_default_and_a_star_means_every_one() -> None:
     assert [failpoint("rollout.before_draw") for _ in range(3)] == [True] * 3
 
 
+def test_once_in_all_processes_is_for_a_passage_and_not_for_every_one(tmp_path: Path) -> None:
+    faults = {ENV: f"{POINT}=corrupt@1;rollout.before_draw=corrupt@*", ENV_ONCE: str(tmp_path)}
+    for expected in (True, False):  # the second process finds what the first has left
+        arm(faults)
+        assert failpoint(POINT) is expected
+        assert [failpoint("rollout.before_draw") for _ in range(2)] == [True] * 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"{POINT}=corrupt@1",
+        "rollout.before_draw=corrupt@all",
+    ]
+
+
 def test_a_fault_for_one_subject_leaves_the_others_alone() -> None:
     arm({ENV: "rollout.mid_generation[rollout-1]=corrupt@2"})
     passed = [

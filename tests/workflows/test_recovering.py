@@ -41,6 +41,9 @@ class PlainCrew:
     async def doing(self) -> dict[str, str]:
         return {"learner-0": "does not answer"}
 
+    def sizes(self) -> dict[str, int]:
+        return {"rollout.workers": 2}
+
     async def stacks(self) -> dict[str, str]:
         return {"learner-0": "gone"}
 

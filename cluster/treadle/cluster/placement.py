@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from treadle.cluster.diagnosis import NodeFacts, bundle_of, describe, find_obstacle, selector_of
-from treadle.platform.errors import PlacementError
+from treadle.platform.errors import ClusterError, PlacementError
 from treadle.platform.records import RoleSpec
 
 _PATIENCE_S = 5.0  # nodes that are just joining may make an infeasible group feasible
@@ -33,19 +34,35 @@ class Placement:
 
         Example: `RolloutWorker.options(**placement.options("rollout", 0)).remote(...)`.
         """
+        spec, position = self._bundle(role, index)
+        return {
+            "num_cpus": spec.cpus,
+            "num_gpus": spec.gpus,
+            "memory": spec.memory_bytes or None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group,
+                placement_group_bundle_index=position,
+                placement_group_capture_child_tasks=False,
+            ),
+        }
+
+    def held(self, role: str, index: int) -> bool:
+        """Whether a living node holds the bundle now. Asks Ray's head: not for an event loop. Raises `ClusterError`
+        when it does not answer."""
+        _, position = self._bundle(role, index)
+        try:
+            node = placement_group_table(self.group)["bundles_to_node_id"].get(position, "")
+            return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
+        except (RayError, RuntimeError) as error:
+            raise ClusterError(
+                f"Ray's head does not say where {role} {index} has its place: {error}"
+            ) from error
+
+    def _bundle(self, role: str, index: int) -> tuple[RoleSpec, int]:
         first = 0
         for spec in self.specs:
             if spec.role == role and index < spec.count:
-                return {
-                    "num_cpus": spec.cpus,
-                    "num_gpus": spec.gpus,
-                    "memory": spec.memory_bytes or None,
-                    "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                        placement_group=self.group,
-                        placement_group_bundle_index=first + index,
-                        placement_group_capture_child_tasks=False,
-                    ),
-                }
+                return spec, first + index
             first += spec.count
         raise PlacementError(f"No bundle was reserved for {role} {index}.", "Reserve it with its RoleSpec.")
 

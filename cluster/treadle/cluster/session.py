@@ -21,6 +21,7 @@ from treadle.cluster.environment import NO_PRESTART, given_token, prepare_embedd
 from treadle.cluster.reach import check_cluster, split_address
 from treadle.cluster.warm_start import LOG, pays, template
 from treadle.platform.errors import ClusterError, ConfigError
+from treadle.platform.failpoints import ENV
 from treadle.platform.records import RoleSpec
 
 _TEMP_PREFIX = "treadle-ray-"
@@ -188,10 +189,17 @@ def _attached(config: ClusterConfig) -> Iterator[Session]:
     import ray  # after the environment is complete
 
     try:
-        _init(ray, address=address)
+        _init(ray, address=address, **_faults(os.environ))
         yield _session(ray, embedded=False)
     finally:
         ray.shutdown()
+
+
+def _faults(environ: Mapping[str, str]) -> dict[str, object]:
+    """The failpoints that were ordered of this process, for those on a running cluster: an embedded Ray's inherit
+    them."""
+    ordered = {name: value for name, value in environ.items() if name.startswith(ENV)}
+    return {"runtime_env": {"env_vars": ordered}} if ordered else {}
 
 
 def _init(ray: object, **options: object) -> None:

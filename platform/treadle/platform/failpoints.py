@@ -21,7 +21,8 @@ Some points have a subject: the worker's name, the rank, the prompt. `name[subje
 and its passages are counted for themselves: `rollout.before_draw[sum-12]=kill@*` is a prompt that ends every worker.
 
 With TREADLE_FAILPOINTS_ONCE=<folder> each fault happens once in all processes together: a file in the folder
-remembers it with the process's id, so that a role which is killed and restarted does not die forever.
+remembers it with the process's id, so that a role which is killed and restarted does not die forever. A fault for every
+passage (`@*`) goes on happening; the file remembers its first.
 
 All points are listed in `POINTS`; a fault for any other name is refused, since a misspelt fault would let a
 chaos test pass without testing anything.
@@ -133,7 +134,7 @@ class Faults:
             if (
                 fault.subject in counts
                 and fault.hit in (0, counts[fault.subject])
-                and self._first_time(fault)
+                and (self._first_time(fault) or not fault.hit)
             ):
                 corrupt = _act(fault) or corrupt
         return corrupt

@@ -344,6 +344,14 @@ class Ledger:
                 steps.setdefault(step, []).append(id)
         return steps
 
+    def versions_trained(self, stage: str) -> list[tuple[int, int, int]]:
+        """Of every trained group its step, and the oldest and the newest version that it was drawn with."""
+        query = (
+            "SELECT step, oldest, newest FROM groups WHERE stage = ? AND state = 'trained' ORDER BY number"
+        )
+        with self._lock, explained(self.path):
+            return self._db.execute(query, (stage,)).fetchall()
+
     def audit(self, stage: str | None = None) -> LedgerAudit:
         """The account of one stage, or of all."""
         with self._lock, explained(self.path):

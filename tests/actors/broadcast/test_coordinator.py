@@ -278,7 +278,7 @@ def test_a_respawned_engine_catches_up_before_and_after_the_first_publication() 
         assert version.step == 3
         assert respawned.engine.serves() == (3, {3})
         assert (await loom.publish(4)).adopted == ("rollout-0", "rollout-9")
-        loom.coordinator.forget("rollout-9")
+        await loom.coordinator.forget("rollout-9")
         assert (await loom.publish(5)).adopted == ("rollout-0",)
 
     asyncio.run(scenario())

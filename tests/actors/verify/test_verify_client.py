@@ -15,7 +15,7 @@ from treadle.actors.verify.client import ActorLostError, VerifierPool
 from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.pool import ProcessPool
 from treadle.platform.contracts import Verifiers
-from treadle.platform.errors import VerifierError
+from treadle.platform.errors import ConfigError, VerifierError
 from treadle.platform.records import Drawn, Json, Prompt, StopReason, Verdict, WeightVersion
 
 T = TypeVar("T")
@@ -36,6 +36,10 @@ class LocalHandle:
         return await self._unless_gone(self.pool.judge(request, texts))
 
     async def ping(self) -> None:
+        await self._unless_gone(asyncio.sleep(0))
+
+    async def resize(self, processes: int) -> None:
+        self.pool.resize(processes)
         await self._unless_gone(asyncio.sleep(0))
 
     async def where(self) -> str:
@@ -237,3 +241,103 @@ def test_a_quick_actor_is_not_hedged() -> None:
     hedged, asked = with_client(odd_config(actors=2, hedge_after_s=5.0), body)
     assert hedged == 0
     assert sum(asked) == 4
+
+
+def test_processes_join_and_leave_while_groups_are_judged_and_none_is_lost() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        judging = [asyncio.create_task(client.judge(drawn("sleep 0.3", "ok"))) for _ in range(12)]
+        await client.resize(3)
+        assert client.processes == 3
+        await until(lambda: [handle.pool.stats().processes for handle in handles] == [3, 3])
+        await asyncio.sleep(0.1)
+        await client.resize(1)
+        answers = await asyncio.gather(*judging)
+        assert all(statuses(answer) == ["scored", "scored"] for answer in answers)
+        await until(lambda: [handle.pool.stats().processes for handle in handles] == [1, 1])
+        assert client.stats().failed == 0
+
+    with_client(odd_config(actors=2, queue_age_s=30.0), body)
+
+
+def test_an_actor_that_replaces_another_has_as_many_processes() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        await client.resize(3)
+        handles[0].kill()
+        assert statuses(await client.judge(drawn("ok"))) == ["scored"]
+        assert len(handles) == 2
+        await until(lambda: handles[1].pool.stats().processes == 3)
+
+    with_client(odd_config(), body)
+
+
+def test_an_actor_that_does_not_hear_of_a_change_is_replaced_by_one_of_the_new_size() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        handles[0].kill()
+        await client.resize(2)
+        await until(lambda: len(client.handles) == 1)
+        assert handles[1].pool.stats().processes == 2
+
+    with_client(odd_config(), body)
+
+
+def test_more_processes_than_the_most_are_refused_and_nothing_changes() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        with pytest.raises(ConfigError, match=r"verify\.max_processes=2"):
+            await client.resize(3)
+        assert (client.processes, handles[0].pool.stats().processes) == (1, 1)
+
+    with_client(odd_config(max_processes=2), body)
+
+
+def test_groups_go_to_the_others_while_the_cluster_has_no_place_for_a_replacement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("treadle.actors.verify.client._LOOK_S", 0.02)
+    monkeypatch.setattr("treadle.actors.verify.client._NO_PLACE_S", 0.1)
+
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        placed, missing = False, list[str]()
+
+        async def has_place(index: int) -> bool:
+            return placed or index != 0
+
+        client.placed, client.missing = has_place, lambda name, _: missing.append(name)
+        first, second = client.handles
+        assert isinstance(first, LocalHandle)
+        assert isinstance(second, LocalHandle)
+        first.kill()
+        answers = await asyncio.gather(*(client.judge(drawn("ok")) for _ in range(6)))
+        assert all(statuses(answer) == ["scored"] for answer in answers)
+        await until(lambda: missing == ["verify-0"])
+        assert client.handles == (second,)
+        placed = True
+        await until(lambda: len(client.handles) == 2)
+        assert missing == ["verify-0"], "told once"
+
+    with_client(odd_config(actors=2), body)
+
+
+def test_groups_wait_for_the_only_actors_replacement() -> None:
+    async def body(client: VerifierPool, handles: list[LocalHandle]) -> None:
+        placed = False
+
+        async def has_place(_: int) -> bool:
+            return placed
+
+        client.placed = has_place
+        handles[0].kill()
+        waiting = [asyncio.create_task(client.judge(drawn("ok"))) for _ in range(3)]
+        await until(lambda: not client.handles)
+        waiting.append(asyncio.create_task(client.judge(drawn("ok"))))
+        await asyncio.sleep(0.1)
+        placed = True
+        for one in waiting:
+            assert statuses(await one) == ["scored"]
+
+    with_client(odd_config(), body)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0.02)

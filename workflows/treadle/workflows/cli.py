@@ -142,6 +142,60 @@ def submit(
 
 
 @app.command()
+def chaos(
+    recipe: RecipeArg,
+    plan: Annotated[
+        Path,
+        typer.Option(
+            help="YAML with the faults, what must hold, and the longest it may take: docs/operations.md."
+        ),
+    ],
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="The run folder; the default is runs/<recipe's name>-chaos.")
+    ] = None,
+    address: Address = "",
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run without faults, which must have the same weights digest; made first if nothing lies there."
+        ),
+    ] = None,
+    fresh: Fresh = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check plan and recipe, list the faults, start nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A game day: run a recipe, disturb it as planned, and account for it. Exit code 1 if an invariant breaks."""
+    from treadle.workflows.gamedays import command
+
+    _finish(
+        command.chaos(
+            *(recipe, plan, overrides or [], folder, address, compare),
+            fresh=fresh,
+            dry_run=dry_run,
+            as_json=as_json,
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def scale(
+    run_folder: RunArg,
+    sizes: Annotated[
+        list[str], typer.Argument(metavar="[key=value]...", help="rollout.workers=4, verify.processes=3")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Let rollout workers and verifier processes join or leave a run that goes on."""
+    from treadle.workflows import elastic
+
+    _finish(elastic.ask(run_folder, sizes), as_json)
+
+
+@app.command()
 def status(run_folder: RunArg, as_json: AsJson = False) -> None:
     """Say where a run stands: state, stage, step, samples, last figures."""
     from treadle.workflows import inspection

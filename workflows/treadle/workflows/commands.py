@@ -12,6 +12,7 @@ from typing import Any
 from treadle.platform.config import to_yaml
 from treadle.platform.errors import ConfigError, Interrupted
 from treadle.workflows.data.tokenization import load_tokenizer
+from treadle.workflows.elastic import forget
 from treadle.workflows.folder import RunFolder, read_json, refuse_url, replace_file
 from treadle.workflows.inputs import build_inputs
 from treadle.workflows.outputs import outputs_of
@@ -32,9 +33,9 @@ def run(
     as_json: bool,
 ) -> Result:
     """Checks the recipe and its data, then runs it. Nothing is started, and no folder made, if a check fails."""
-    recipe = _addressed(load_recipe(source, overrides), address)
+    recipe = addressed(load_recipe(source, overrides), address)
     if dry_run:
-        skipped = _check_inputs(recipe)
+        skipped = check_inputs(recipe)
         text = to_yaml(recipe)
         return {"recipe": recipe.name, "stages": list(recipe.stages), "skipped_rows": skipped, "text": text}
     target = folder or Path("runs") / recipe.name
@@ -67,7 +68,8 @@ def resume(
     if state.get("state") == "finished" and target.summary.exists():
         return {**read_json(target.summary), "text": _text(target)}
     if address or overrides:
-        recipe = _addressed(recipe, address)
+        forget(path)
+        recipe = addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
     return _play(recipe, path, as_json)
 
@@ -78,20 +80,21 @@ def _resized(config: Path, overrides: Sequence[str]) -> Recipe:
     if not overrides:
         return before
     after = load_recipe(config, overrides)
-    fixed = {
-        "name": (before.name, after.name),
-        "seed": (before.seed, after.seed),
-        "tokenizer": (before.tokenizer, after.tokenizer),
-        "verify.parts": (before.verify.parts, after.verify.parts),
-        **{f"stages.{name}": (before.stages.get(name), after.stages.get(name)) for name in after.stages},
-    }
-    if changed := [name for name, (old, new) in fixed.items() if old != new]:
+    fixed, wanted = decides(before), decides(after)
+    if changed := [key for key in {**fixed, **wanted} if fixed.get(key) != wanted.get(key)]:
         raise ConfigError(
             f"{', '.join(changed)} cannot change when a run is continued: it decides what is trained.",
             "Change only roles (learner.ranks, rollout.workers, ...), cluster, checkpoint, tracking and recovery, or "
             "start a new run.",
         )
     return after
+
+
+def decides(recipe: Recipe) -> Result:
+    """The settings that decide what is trained, by name."""
+    stages = {f"stages.{name}": stage for name, stage in recipe.stages.items()}
+    fixed = {"name": recipe.name, "seed": recipe.seed, "tokenizer": recipe.tokenizer}
+    return {**fixed, "verify.parts": recipe.verify.parts, **stages}
 
 
 def _rebuilt(url: str, folder: Path | None, address: str) -> Path:
@@ -109,7 +112,7 @@ def evaluate_model(model: Path, source: str, overrides: Sequence[str], address: 
     """Evaluates any model folder on a recipe's held-out prompts."""
     from treadle.workflows.launch import evaluate_folder
 
-    found = asyncio.run(evaluate_folder(_addressed(load_recipe(source, overrides), address), model))
+    found = asyncio.run(evaluate_folder(addressed(load_recipe(source, overrides), address), model))
     return {"model": str(model), **found.as_json(), "text": found.line()}
 
 
@@ -128,17 +131,18 @@ def submit(
 
     refuse_url(folder)
     recipe = load_recipe(source, overrides)
-    _check_inputs(recipe)
+    check_inputs(recipe)
     return submit_recipe(
         to_yaml(recipe), name=recipe.name, address=address, folder=folder, wait=wait, quiet=as_json
     )
 
 
-def _addressed(recipe: Recipe, address: str) -> Recipe:
+def addressed(recipe: Recipe, address: str) -> Recipe:
+    """The recipe on the cluster at `address`, if one is named."""
     return replace(recipe, cluster=replace(recipe.cluster, address=address)) if address else recipe
 
 
-def _check_inputs(recipe: Recipe) -> dict[str, int]:
+def check_inputs(recipe: Recipe) -> dict[str, int]:
     """Builds every stage's data as a run would. Returns how many broken rows each leaves out."""
     with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
         folder = recipe.tokenizer.write(Path(scratch) / "tokenizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +21,19 @@ from treadle.actors.preload import preload
 from treadle.actors.replaced import Told, tell_nobody
 from treadle.actors.rollout.actor import RayWorker, ray_launch
 from treadle.actors.rollout.handles import WorkerHandle
+from treadle.actors.rollout.membership import Resized
 from treadle.actors.rollout.pool import RolloutPool
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.actors.stacks import stacks_of
 from treadle.actors.verify.actor import ray_verifier_pool
 from treadle.actors.verify.client import VerifierPool
 from treadle.cluster.placement import Placement, reserve
+from treadle.cluster.places import Places
 from treadle.cluster.preemption import leaving
 from treadle.platform.errors import BroadcastError
 from treadle.platform.objectives.base import Objective
 from treadle.platform.records import PublishReport, RoleSpec, WeightVersion
+from treadle.workflows.elastic import PROCESSES, WORKERS
 from treadle.workflows.models import ModelConfig
 from treadle.workflows.recipe import Recipe
 from treadle.workflows.roles import Roles
@@ -54,16 +57,36 @@ def preloads(recipe: Recipe) -> tuple[str, ...]:
     return preload(recipe.rollout, recipe.learner)
 
 
-def _rollouts(recipe: Recipe, placement: Placement, staleness: int = 0) -> RolloutPool:
+def _rollouts(recipe: Recipe, places: Places, staleness: int = 0) -> RolloutPool:
     def launch(name: str) -> WorkerHandle:
-        options = placement.options("rollout", int(name.rsplit("-", 1)[1]))
-        return ray_launch(recipe.rollout, options)(name)
+        return ray_launch(recipe.rollout, places.options(_number(name)))(name)
 
-    return RolloutPool(recipe.rollout, launch, max_lag_steps=staleness)
+    async def placed(name: str) -> bool:
+        return await places.has(_number(name))
+
+    pool = RolloutPool(recipe.rollout, launch, max_lag_steps=staleness)
+    pool.placed = placed
+    return pool
+
+
+def _places(recipe: Recipe, placement: Placement, role: RoleSpec) -> Places:
+    return Places(
+        placement,
+        role,
+        embedded=not recipe.cluster.address,
+        deadline_s=recipe.cluster.placement_deadline_s,
+    )
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 def _verifiers(recipe: Recipe, placement: Placement) -> VerifierPool:
-    return ray_verifier_pool(recipe.verify, lambda index: placement.options("verify", index))
+    places = _places(recipe, placement, recipe.verify.role())
+    pool = ray_verifier_pool(recipe.verify, places.options)
+    pool.placed = places.has
+    return pool
 
 
 class _NoBroadcast:
@@ -88,7 +111,8 @@ class Crew:
             recipe.learner,
             [placement.options("learner", i)["scheduling_strategy"] for i in range(recipe.learner.ranks)],
         )
-        self._rollouts = _rollouts(recipe, placement, staleness)
+        self._places = _places(recipe, placement, recipe.rollout.role())
+        self._rollouts = _rollouts(recipe, self._places, staleness)
         self._verifiers = _verifiers(recipe, placement)
         self._broadcast: Broadcaster | None = None
         self._engines: asyncio.Task[None] | None = None
@@ -106,14 +130,38 @@ class Crew:
             ranks=self._recipe.learner.ranks,
         )
 
-    def tell(self, told: Told) -> None:
-        """From now on `told` hears of every process that a role has replaced by itself."""
+    def tell(self, told: Told, missing: Callable[[str, str], None]) -> None:
+        """From now on `told` hears of every process that a role has replaced by itself, and `missing` (name, cause) of
+        one whose successor the cluster has no place for."""
         self._told = self._rollouts.told = self._verifiers.told = told
+        self._rollouts.missing = self._verifiers.missing = missing
+
+    @property
+    def engines_ready(self) -> bool:
+        """Whether engines and verifiers have come up, and can be more or fewer."""
+        engines = self._engines
+        return engines is not None and engines.done() and not engines.cancelled() and not engines.exception()
+
+    def sizes(self) -> dict[str, int]:
+        """How many can work now, by the setting that says how many there should be."""
+        return {WORKERS: self._rollouts.ready, PROCESSES: self._verifiers.processes}
+
+    async def resize_workers(self, workers: int) -> Resized:
+        """Rollout workers join, at the newest weights, or leave; see `Membership.resize`."""
+        await self._places.reserve(workers)
+        try:
+            return await self._rollouts.resize(workers)
+        finally:
+            self._places.give_back([_number(name) for name in self._rollouts.workers])
+
+    async def resize_verifiers(self, processes: int) -> None:
+        """Each verify actor goes on with so many processes. Raises `ConfigError`."""
+        await self._verifiers.resize(processes)
 
     def leaving(self) -> Mapping[str, float]:
         """The nodes of this run that are being drained, by id, with the seconds they have left. Not for an event
         loop."""
-        mine = self._placement.nodes()
+        mine = self._placement.nodes() | self._places.nodes()
         return {node: left_s for node, left_s in leaving().items() if node in mine}
 
     def avoid(self, nodes: Collection[str]) -> None:
@@ -177,7 +225,7 @@ class Crew:
             launch = self._launch_coordinator
             self._broadcast = Broadcaster(launch(), self._recipe.broadcast, launch=launch)
             self._broadcast.told = self._told
-            self._rollouts.catch_up = self._catch_up
+            self._rollouts.catch_up, self._rollouts.forget = self._catch_up, self._forget
         self._broadcast.probe = self._probe(model)
         await self._broadcast.register()
 
@@ -219,6 +267,7 @@ class Crew:
         self._rollouts.close()
         await self._verifiers.close()
         self._learner.close()
+        self._places.give_back(())
         self._placement.release()
 
     def _launch_coordinator(self) -> Any:
@@ -231,6 +280,10 @@ class Crew:
         if self._broadcast is None:
             return  # the stage is going back to its commit; its first publication reaches this engine, too
         await self._broadcast.catch_up(name, _actor(worker))
+
+    async def _forget(self, name: str) -> None:
+        if self._broadcast is not None:
+            await self._broadcast.forget(name)
 
     def _probe(self, model: str) -> Probe:
         config = self._recipe.broadcast
@@ -259,7 +312,10 @@ async def open_crew(recipe: Recipe, staleness: int) -> Crew:
 async def open_engines(recipe: Recipe, model: str) -> AsyncIterator[tuple[RolloutPool, VerifierPool]]:
     """Engines that hold a model folder, and verifiers: enough to evaluate."""
     placement = await _reserved(recipe, engine_specs(recipe))
-    rollouts, verifiers = _rollouts(recipe, placement), _verifiers(recipe, placement)
+    rollouts, verifiers = (
+        _rollouts(recipe, _places(recipe, placement, recipe.rollout.role())),
+        _verifiers(recipe, placement),
+    )
     try:
         await asyncio.gather(rollouts.start(model), verifiers.start())
         yield rollouts, verifiers

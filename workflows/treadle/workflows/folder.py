@@ -14,6 +14,8 @@ from typing import Any
 from treadle.platform.config import diff_from_defaults, to_yaml
 from treadle.platform.errors import ConfigError, DataError
 
+CHAOS = "chaos"
+"""What a game day has ordered lies there before its run begins."""
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)")  # a Path joins the two slashes into one
 
 
@@ -32,7 +34,9 @@ class RunFolder:
     logs/              the roles' logs
     mirror.json        how far the mirror is; mirror/: what waits to be copied there
     roles.json         what every role is doing, every few seconds
+    scale.json         how many workers and verifier processes were asked for last
     failures/          what was known at each failure: roles, stacks
+    chaos/             what a game day has ordered, and what has happened; chaos.json: its account
     summary.json, report.html
     """
 
@@ -82,7 +86,7 @@ class RunFolder:
                     f"Continue it with `treadle resume {path}`, choose another --dir, or replace it with --fresh.",
                 )
             shutil.rmtree(path)
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(entry.name != CHAOS for entry in path.iterdir()):
             raise ConfigError(f"{path} is not empty and holds no run.", "Choose another --dir.")
 
     @classmethod

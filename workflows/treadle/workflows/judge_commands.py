@@ -29,6 +29,7 @@ from treadle.workflows.judging import (
     judging_config,
     kept_rollouts,
 )
+from treadle.workflows.texts import table
 
 Result = dict[str, Any]
 SHOWN_ROWS = 20
@@ -47,7 +48,7 @@ def verify(
     if out is not None:
         _write_lines(out, [_record(one) for one in judged])
     summary = _summary(judged, stats, wall_s) | {"file": url, "skipped_rows": skipped}
-    lines = _table(
+    lines = table(
         ["where", "status", "reward", "parts", "ms", "detail"], [_cells(one) for one in judged[:rows]]
     )
     if len(judged) > rows:
@@ -78,7 +79,7 @@ def rescore(run: Path, verifier: str, overrides: Sequence[str], out: Path | None
         "reward_mean_before": _mean([one.row.reward for one in kept]),
     }
     header = ["where", "step", "before", "after", "parts before", "parts after", "detail"]
-    lines = _table(header, [_change_cells(old, new) for old, new in changed[:rows]]) if changed else []
+    lines = table(header, [_change_cells(old, new) for old, new in changed[:rows]]) if changed else []
     if len(changed) > rows:
         lines.append(f"… and {len(changed) - rows} more" + ("" if out else " (--out FILE keeps them all)"))
     line = (
@@ -229,14 +230,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _jsonable(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
 
 
 def _write_lines(path: Path, records: Sequence[Result]) -> None:

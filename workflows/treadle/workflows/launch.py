@@ -95,7 +95,7 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
             tracker.mirror_to(metrics)
             crew = await open_crew(replace(recipe, broadcast=broadcast), staleness)
             run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started, mirror)
-            crew.tell(run.replaced)
+            crew.tell(run.replaced, run.missing)
             try:
                 async with watched(run):
                     yield run

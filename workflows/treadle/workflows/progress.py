@@ -115,6 +115,7 @@ def _text(result: dict[str, Any]) -> str:
             f"{driver['doing'] or 'between two phases'} for {driver['for_s']:.0f} s"
         )
         lines += [f"  {name:<12} {said}" for name, said in now["roles"].items()]
+        lines += _sizes(now)
     if failure := result["first_failure"]:
         lines.append(f"first failure: {failure['error']}: {failure['message']} (all: {failure['file']})")
     if mirror := result["mirror"]:
@@ -125,6 +126,13 @@ def _text(result: dict[str, Any]) -> str:
     if result["state"] in ("killed", "interrupted", "failed", FROZEN):
         lines.append(f"continue with: treadle resume {result['folder']}")
     return "\n".join(lines)
+
+
+def _sizes(now: Mapping[str, Any]) -> list[str]:
+    """How many of the roles that can grow and shrink work, and what was asked for last."""
+    sizes = ", ".join(f"{name}={size}" for name, size in now.get("sizes", {}).items())
+    going = f"; being scaled to {now['scaling']}" if now.get("scaling") else ""
+    return [f"sizes: {sizes}{going}"] if sizes else []
 
 
 def _mirror(said: Mapping[str, Any]) -> str:

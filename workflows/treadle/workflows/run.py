@@ -20,6 +20,7 @@ from treadle.platform.storage import local_path
 from treadle.platform.tracking import RunTracker
 from treadle.workflows.configs import GrpoConfig, StageConfig, TrainedConfig
 from treadle.workflows.crew import Crew
+from treadle.workflows.elastic import WORKERS
 from treadle.workflows.evaluate import EvalReport
 from treadle.workflows.export import folder_digest
 from treadle.workflows.folder import RunFolder
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 REPLACED = "replaced"
 LEAVING = "leaving"
+SHRUNK = "shrunk"
 LAST_S = 30.0
 
 
@@ -92,6 +94,13 @@ class Run:
             REPLACED,
             {"role": what.role, "name": what.name, "message": what.cause, "seconds": round(what.seconds, 3)},
         )
+
+    def missing(self, name: str, cause: str) -> None:
+        """The cluster has no place for a worker's or a verifier's successor: the run goes on with fewer, until there is
+        one."""
+        left = self.crew.sizes()[WORKERS]
+        self.tracker.say(f"{name} has no place in the cluster, and the run goes on without it: {cause}")
+        self.tracker.event(SHRUNK, {"name": name, "message": cause, "workers": left})
 
     def leave(self, nodes: Mapping[str, float]) -> None:
         """Nodes of the run, by id, will be gone in so many seconds: no new draws there, and a commit after this step

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.platform.errors import TreadleError
 from treadle.platform.stacks import stacks
+from treadle.workflows.elastic import Scaler
 from treadle.workflows.folder import read_json, write_json
 from treadle.workflows.wall_clock import WallClock
 from treadle.workflows.watchdog import guarded
@@ -32,14 +33,16 @@ ROLES_FILE, FAILURES_FOLDER = "roles.json", "failures"
 
 @asynccontextmanager
 async def watched(run: Run) -> AsyncIterator[None]:
-    """Keeps `roles.json` up to date and heeds notices of nodes that leave while the block runs.
+    """Keeps `roles.json` up to date, heeds notices of nodes that leave and requests to scale while the block runs.
 
-    consumes: what roles and Ray's head say; waits for: the next look, every `EVERY_S`; unblocked by: the clock, or the
-    block's end; produces: the file, unless another process has taken the run over, and `run.leave`. A look that fails
-    is missed, and the next one comes: watching must not end a run.
+    consumes: what roles, Ray's head and operators say; waits for: the next look, every `EVERY_S` or `HEED_EVERY_S`;
+    unblocked by: the clock, or the block's end; produces: the file, unless another process has taken the run over,
+    `run.leave`, and roles of other sizes. A look that fails is missed, and the next one comes: watching must not end a
+    run.
     """
 
     clock = WallClock()
+    scaler = Scaler(run)
 
     async def look() -> None:
         while True:
@@ -47,7 +50,7 @@ async def watched(run: Run) -> AsyncIterator[None]:
             if moved_s := clock.moved_s():
                 _tell_clock(run, moved_s)
             with suppress(OSError, TreadleError):
-                seen = await _seen(run)
+                seen = {**await _seen(run), "scaling": scaler.doing}
                 run.ledger.check_held()
                 await asyncio.to_thread(write_json, run.folder.path / ROLES_FILE, seen)
                 await asyncio.to_thread(run.tracker.look_at_mlflow)
@@ -57,6 +60,12 @@ async def watched(run: Run) -> AsyncIterator[None]:
             await asyncio.sleep(HEED_EVERY_S)
             with suppress(TreadleError):
                 run.leave(await asyncio.to_thread(run.crew.leaving))
+
+    async def scale() -> None:
+        while True:
+            await asyncio.sleep(HEED_EVERY_S)
+            with suppress(OSError, TreadleError):
+                await scaler.look()
 
     def at() -> str:
         stage, step, doing, _ = run.doing()
@@ -69,7 +78,8 @@ async def watched(run: Run) -> AsyncIterator[None]:
         _write_failure(run, error, {"driver": stacks()}, _driver(run))
         run.folder.set_state(state="failed", ended_unix_s=time.time())
 
-    tasks = [asyncio.create_task(look(), name="watch roles"), asyncio.create_task(heed(), name="watch nodes")]
+    watches = {"watch roles": look(), "watch nodes": heed(), "watch requests": scale()}
+    tasks = [asyncio.create_task(watch, name=name) for name, watch in watches.items()]
     try:
         async with guarded(run.recipe.recovery.driver_deadline_s, at, hung):
             yield
@@ -120,7 +130,7 @@ def first_failure(folder: Path) -> dict[str, Any]:
 
 
 async def _seen(run: Run) -> dict[str, Any]:
-    return {**_driver(run), "roles": await run.crew.doing() | _feeding(run)}
+    return {**_driver(run), "sizes": run.crew.sizes(), "roles": await run.crew.doing() | _feeding(run)}
 
 
 def _driver(run: Run) -> dict[str, Any]:

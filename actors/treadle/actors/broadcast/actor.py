@@ -17,6 +17,7 @@ from treadle.actors.deaths import GONE, why
 from treadle.platform.errors import BroadcastError
 from treadle.platform.memory import remedy
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
+from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places
 
 OFFER_PART = 0.9
@@ -70,6 +71,7 @@ class CoordinatorActor:
     while everything else hangs."""
 
     def __init__(self, config: BroadcastConfig, ranks: Sequence[Any], engines: Mapping[str, Any]) -> None:
+        enlist("broadcast-0")
         nodes = [node for node in ray.nodes() if node["Alive"]]
         outgoing = Outgoing(
             transport=config.transport,
@@ -103,7 +105,7 @@ class CoordinatorActor:
 
     @once
     async def forget(self, name: str) -> None:
-        self._coordinator.forget(name)
+        await self._coordinator.forget(name)
 
     async def phase(self) -> str:
         """What it is doing; answers while the event loop turns."""

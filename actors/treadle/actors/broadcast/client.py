@@ -95,8 +95,8 @@ class Broadcaster:
             return ""
 
     async def forget(self, name: str) -> None:
-        """Leaves an engine out of later publications."""
-        await self._asked("forget", 30.0, name)
+        """Leaves an engine out of later publications; waits for the end of one that is under way."""
+        await self._asked("forget", self._config.publish_deadline_s, name)
 
     async def held(self) -> Mapping[str, WeightVersion]:
         """The version every engine is known to hold."""

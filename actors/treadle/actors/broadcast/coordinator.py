@@ -95,7 +95,7 @@ class Coordinator:
         does not take the version.
         """
         async with self._lock:
-            self.forget(name)
+            self._forget(name)
             self._receivers[name] = receiver
             if self._newest is None:
                 return None
@@ -104,8 +104,12 @@ class Coordinator:
                 raise _nobody(self._newest.version, {name: "it was lost"})
             return self._held[name]
 
-    def forget(self, name: str) -> None:
-        """Leaves an engine out from now on."""
+    async def forget(self, name: str) -> None:
+        """Leaves an engine out, from the next publication on: one that is under way includes it."""
+        async with self._lock:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
         self._receivers.pop(name, None)
         self._held.pop(name, None)
         self._fanout.forget(name)

@@ -26,6 +26,7 @@ from treadle.platform.errors import BroadcastError, DeadlineError
 from treadle.platform.memory import kernel_kills
 from treadle.platform.packed import unpacked
 from treadle.platform.records import Group, Json, Offered, Ref, Share, TrainSample, WeightManifest
+from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places, stacks
 
 
@@ -66,6 +67,7 @@ class LearnerRankActor:
     """
 
     def __init__(self, rank: int, ranks: int, step_deadline_s: float) -> None:
+        enlist(f"learner-{rank}")
         self._rank = rank
         self._ranks = ranks
         self._deadline_s = step_deadline_s

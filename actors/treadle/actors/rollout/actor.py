@@ -23,6 +23,7 @@ from treadle.platform.errors import TreadleError
 from treadle.platform.memory import kernel_kills, remedy
 from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Issue, Ref, Staged, WeightManifest, WeightVersion
+from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places, stacks
 
 _SMALL_BYTES = 65_536
@@ -45,6 +46,7 @@ class RolloutActor:
     """See `RolloutWorker`. `where` and `stacks` answer while everything else hangs."""
 
     def __init__(self, name: str, config: RolloutConfig) -> None:
+        enlist(name)
         self._worker = RolloutWorker(name, config)
         self._node = ray.get_runtime_context().get_node_id()
         self._mail = Mailbox("rollout/draw", self._drawn, _LINGER_S)

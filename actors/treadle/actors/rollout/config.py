@@ -55,6 +55,8 @@ class RolloutConfig:
     """How often each worker is asked for its status."""
     silence_deadline_s: float = 60.0
     """A worker that neither answers nor makes progress for this long is killed and replaced."""
+    drain_deadline_s: float = 60.0
+    """How long a worker that leaves may finish what it draws; the rest is drawn elsewhere, under the same ids."""
     max_restarts: int = 3
     """Replacements of workers within `restart_window_s`; one more fails the run."""
     restart_window_s: float = 600.0
@@ -94,7 +96,7 @@ class RolloutConfig:
 
     def _check_durations(self) -> None:
         names = ("start_deadline_s", "draw_deadline_s", "stage_deadline_s", "heartbeat_s")
-        for name in (*names, "silence_deadline_s", "restart_window_s"):
+        for name in (*names, "silence_deadline_s", "drain_deadline_s", "restart_window_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"rollout.{name}={getattr(self, name)}.", "Set seconds above 0.")
         if self.silence_deadline_s < 2 * self.heartbeat_s:

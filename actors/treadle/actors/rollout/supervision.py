@@ -29,6 +29,7 @@ class Member:
         self.ready = False
         self.draws = 0
         self.asked: set[str] = set()  # issues
+        self.leaving = False  # it draws nothing new, and is not replaced
         self.reserved = False  # for a draw that is suspected of ending workers
         self.retry_s = 0.0  # monotonic; before it the worker is known to hold weights too old
         self.status: WorkerStatus | None = None
@@ -37,6 +38,10 @@ class Member:
     def is_on(self, nodes: Collection[str]) -> bool:
         """Whether it has said that it is on one of them."""
         return self.status is not None and self.status.node in nodes
+
+    def able(self, now_s: float) -> bool:
+        """Whether it may be given a draw."""
+        return self.ready and not self.leaving and not self.reserved and self.retry_s <= now_s
 
     @property
     def gone(self) -> bool:
@@ -161,3 +166,11 @@ def _silence(member: Member, config: RolloutConfig, where: str) -> RoleError:
         f"{before}{f', asked to draw {asked}' if asked else ''}; {where}.",
         "Look at that worker's node and log; rollout.silence_deadline_s allows longer silences.",
     )
+
+
+def as_role_error(member: Member, phase: str, error: BaseException) -> RoleError:
+    """What went wrong with a worker in a phase, as an error of its role."""
+    if isinstance(error, RoleError):
+        return error
+    what = "did not answer in time" if isinstance(error, TimeoutError) else str(error)
+    return RolloutError(f"rollout/{phase}: worker {member.name} {what}")

@@ -20,6 +20,7 @@ from treadle.actors.verify.pool import ProcessPool
 from treadle.platform.errors import RoleError, TreadleError, VerifierError
 from treadle.platform.memory import remedy
 from treadle.platform.records import Ref, Verdict
+from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places
 
 _LINGER_S = 0.005
@@ -33,7 +34,8 @@ Verdicts: TypeAlias = tuple[Verdict, ...]
 class VerifyActor:
     """See `ProcessPool`. Async, so that many groups wait in it at once; `where` answers while everything else hangs."""
 
-    def __init__(self, config: VerifyConfig) -> None:
+    def __init__(self, config: VerifyConfig, index: int = 0) -> None:
+        enlist(f"verify-{index}")
         self._pool = ProcessPool(config)
         self._mail = Mailbox("verify, judge", self._judged, _LINGER_S)
 
@@ -59,6 +61,9 @@ class VerifyActor:
 
     async def ping(self) -> None:
         """Answers while the event loop turns."""
+
+    async def resize(self, processes: int) -> None:
+        self._pool.resize(processes)
 
     @ray.method(concurrency_group="health")
     async def where(self) -> str:
@@ -93,6 +98,9 @@ class RayVerifyHandle:
     async def ping(self) -> None:
         await _answer(call(self.actor, "ping"), "ping")
 
+    async def resize(self, processes: int) -> None:
+        await _answer(call(self.actor, "resize", processes), "resize")
+
     async def where(self) -> str:
         return await where(self.actor)
 
@@ -119,7 +127,7 @@ def ray_verifier_pool(
     async def spawn(index: int) -> VerifyHandle:
         chosen = {"num_cpus": config.cpus, **(options(index) if options else {})}
         actor: Any = VerifyActor  # what ray.remote returns is untyped
-        handle = RayVerifyHandle(actor.options(**chosen).remote(config))
+        handle = RayVerifyHandle(actor.options(**chosen).remote(config, index))
         try:
             async with asyncio.timeout(config.startup_deadline_s):
                 await handle.start()

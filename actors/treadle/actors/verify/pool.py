@@ -85,6 +85,7 @@ class ProcessPool:
         self._watch: asyncio.Task[None] | None = None
         self._deterministic: set[str] = set()
         self._retired = 0
+        self._leavers = 0
 
     async def start(self) -> None:
         """Starts the processes and builds the warm verifiers. Raises `VerifierError` when they cannot be, or are not
@@ -174,6 +175,12 @@ class ProcessPool:
         wanted = wanted_processes(load, config.processes, config.most_processes, config.queue_age_s)
         for _ in range(wanted - len(self._workers)):
             self._employ(self._runner())
+
+    def resize(self, processes: int) -> None:
+        """Goes on with so many processes: what is missing starts, and those too many end once they are idle."""
+        self._leavers = max(0, len(self._workers) - processes)
+        self._config = replace(self._config, processes=processes)
+        self.grow()
 
     def move(self, owners: Sequence[tuple[Job, int]]) -> None:
         """Puts samples whose process is stuck in front of the queue."""
@@ -268,10 +275,13 @@ class ProcessPool:
         while True:
             await asyncio.sleep(_TICK_S)
             self.grow()
-            idle_s = self._config.idle_s
-            spare = [w for w in self._workers if w.since_s is None and monotonic() - w.idle_since_s > idle_s]
-            for worker in spare[: max(0, len(self._workers) - self._config.processes)]:
-                await self._dismiss(worker)
+            extra = max(0, len(self._workers) - self._config.processes)
+            self._leavers = min(self._leavers, extra)
+            limit_s = 0.0 if self._leavers else self._config.idle_s
+            spare = [w for w in self._workers if w.since_s is None and monotonic() - w.idle_since_s > limit_s]
+            for worker in spare[: self._leavers or extra]:
+                if worker.since_s is None:  # one that was dismissed before it may have taken a while
+                    await self._dismiss(worker)
 
     async def _dismiss(self, worker: _Worker) -> None:
         self._workers.remove(worker)
