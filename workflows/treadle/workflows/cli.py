@@ -135,9 +135,9 @@ def attach(
     as_json: AsJson = False,
 ) -> None:
     """Follow a run again, to its end: its progress, its last sentence, its exit code. Ctrl-C leaves it running."""
-    from treadle.workflows import commands
+    from treadle.workflows import attach_commands
 
-    _finish(commands.attach(run_folder, address, as_json=as_json), as_json)
+    _finish(attach_commands.attach(run_folder, address, as_json=as_json), as_json)
 
 
 @app.command()
@@ -150,9 +150,9 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """End a run, detached or not: a commit after the step at hand, then everything ends; `treadle resume` goes on."""
-    from treadle.workflows import commands
+    from treadle.workflows import attach_commands
 
-    _finish(commands.stop(run_folder, deadline_s), as_json)
+    _finish(attach_commands.stop(run_folder, deadline_s), as_json)
 
 
 @app.command()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from treadle.platform.config import to_yaml
-from treadle.platform.errors import ConfigError, DeadlineError, Interrupted
+from treadle.platform.errors import ConfigError, Interrupted
 from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.folder import RunFolder, read_json, refuse_url, replace_file
 from treadle.workflows.inputs import build_inputs
-from treadle.workflows.outputs import outputs_of
-from treadle.workflows.progress import describe, holder, stopped
+from treadle.workflows.outputs import closing_text
+from treadle.workflows.progress import holder, stopped
 from treadle.workflows.recipe import Recipe, load_recipe, recipe_names
 
 Result = dict[str, Any]
@@ -69,7 +69,7 @@ def resume(
     state = target.state()
     _refuse_if_held(target, address, take_over=take_over)
     if state.get("state") == "finished" and target.summary.exists():
-        return {**read_json(target.summary), "text": _text(target)}
+        return {**read_json(target.summary), "text": closing_text(target)}
     if address or overrides:
         recipe = _addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
@@ -168,32 +168,6 @@ def _check_inputs(recipe: Recipe) -> dict[str, int]:
     return {name: stage.skipped for name, stage in inputs.items() if stage.skipped}
 
 
-def attach(path: Path, address: str, *, as_json: bool) -> Result:
-    """Follows a run to its end, as if it had been started here."""
-    from treadle.workflows.detached import attach as follow
-
-    follow(path, address, quiet=as_json)
-    folder = RunFolder(path)
-    return {**read_json(folder.summary), "text": _text(folder)}
-
-
-def stop(path: Path, deadline_s: float) -> Result:
-    """Ends a run after a commit, and a controller that does not react by force."""
-    from treadle.workflows.onlooking import stop_run
-
-    folder = RunFolder.existing(path)
-    try:
-        said = stop_run(folder, deadline_s)
-    except DeadlineError as error:
-        if not folder.state().get("controller"):
-            raise
-        from treadle.workflows.detached import kill_controller
-
-        kill_controller(folder)
-        said = f"{error.message} Its controller was killed; continue with: treadle resume {path}"
-    return {"folder": str(path), "state": describe(folder)["state"], "text": said}
-
-
 def _play(
     recipe: Recipe,
     path: Path,
@@ -207,7 +181,7 @@ def _play(
         from treadle.workflows.detached import run_detached
 
         run_detached(recipe, path, quiet=as_json, continued=continued, take_over=take_over)
-        return {**read_json(RunFolder(path).summary), "text": _text(RunFolder(path))}
+        return {**read_json(RunFolder(path).summary), "text": closing_text(RunFolder(path))}
     from treadle.workflows.launch import play
 
     try:
@@ -215,11 +189,4 @@ def _play(
     except KeyboardInterrupt:
         remedy = f"Continue with: treadle resume {path}" if RunFolder(path).config.exists() else ""
         raise Interrupted("Stopped by the operator.", remedy) from None
-    return {**summary, "text": _text(RunFolder(path))}
-
-
-def _text(folder: RunFolder) -> str:
-    """Each stage's evaluation, and where the report is."""
-    evaluated = [(name, o.evaluation) for name, o in outputs_of(folder).items() if o.evaluation]
-    lines = [f"{name:>10}  {evaluation.line()}" for name, evaluation in evaluated]
-    return "\n".join([*lines, f"{'report':>10}  {folder.path / 'report.html'}"])
+    return {**summary, "text": closing_text(RunFolder(path))}
