@@ -81,6 +81,7 @@ def test_a_detached_run_outlives_its_client_and_another_one_attaches_to_it(
     with (tmp_path / "client.log").open("w+") as log, program.start_into(log) as client:
         assert wait_until(lambda: steps_of(folder) >= 2 or client.poll() is not None, 600), log.name
         client.kill()
+    assert len(program.survivors()) > 5, "the run's processes do not have the mark"
     began = time.time()
     _, ended = on(cluster, "attach", str(folder))
     assert ended.code == 0, ended
