@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.platform.errors import TreadleError
 from treadle.platform.stacks import stacks
 from treadle.workflows.folder import read_json, write_json
+from treadle.workflows.outcomes import as_json, outcome_of
 from treadle.workflows.watchdog import guarded
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ async def watched(run: Run) -> AsyncIterator[None]:
         if int(state.get("pid", 0)) != os.getpid():
             return  # the run has a new driver
         _write_failure(run, error, {"driver": stacks()}, _driver(run))
-        run.folder.set_state(state="failed", ended_unix_s=time.time())
+        told = as_json(outcome_of(error), run.tracker.redactor)
+        run.folder.set_state(state="failed", ended_unix_s=time.time(), error=told)
 
     tasks = [asyncio.create_task(look(), name="watch roles"), asyncio.create_task(heed(), name="watch nodes")]
     try:
