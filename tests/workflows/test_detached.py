@@ -111,8 +111,8 @@ def test_what_has_ended_is_attached_to_without_any_cluster(tmp_path: Path) -> No
     with pytest.raises(
         ClusterError, match=r"Whether a controller still runs .* cannot be found out.*--take-over"
     ):
-        release(folder.path, "", take_over=False)
-    release(folder.path, "", take_over=True)
+        release(folder.path, take_over=False)
+    release(folder.path, take_over=True)
 
 
 def test_only_a_controller_that_works_is_in_the_way() -> None:

@@ -186,14 +186,12 @@ def test_a_controller_elsewhere_is_asked_before_its_run_is_continued(
     (tmp_path / "config.yaml").write_text("stages: {}\n")
     state = {**state_of(1, "elsewhere"), "controller": {"name": "run-1"}}
     (tmp_path / "run.json").write_text(json.dumps(state))
-    asked: list[tuple[Path, str, bool]] = []
+    asked: list[tuple[Path, bool]] = []
     monkeypatch.setattr(commands, "load_recipe", lambda source: "recipe")
     monkeypatch.setattr(commands, "_play", lambda *asked, **how: {})
-    monkeypatch.setattr(
-        detached, "release", lambda path, address, take_over: asked.append((path, address, take_over))
-    )
+    monkeypatch.setattr(detached, "release", lambda path, take_over: asked.append((path, take_over)))
     commands.resume(str(tmp_path), [], None, "", take_over=take_over, as_json=False)
-    assert asked == [(tmp_path, "", take_over)]
+    assert asked == [(tmp_path, take_over)]
 
 
 def test_a_stop_is_no_failure_to_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

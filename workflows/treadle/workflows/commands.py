@@ -67,7 +67,7 @@ def resume(
     target = RunFolder.existing(path)
     recipe = _resized(target.config, overrides)
     state = target.state()
-    _refuse_if_held(target, address, take_over=take_over)
+    _refuse_if_held(target, take_over=take_over)
     if state.get("state") == "finished" and target.summary.exists():
         return {**read_json(target.summary), "text": closing_text(target)}
     if address or overrides:
@@ -76,7 +76,7 @@ def resume(
     return _play(recipe, path, as_json, detach=detach, continued=True, take_over=take_over)
 
 
-def _refuse_if_held(target: RunFolder, address: str, *, take_over: bool) -> None:
+def _refuse_if_held(target: RunFolder, *, take_over: bool) -> None:
     """Raises `ConfigError` where somebody runs the run, unless they are to be replaced. A detached controller that is
     frozen or to be replaced is ended: what belongs to it would stay in the new one's way."""
     state = target.state()
@@ -85,7 +85,7 @@ def _refuse_if_held(target: RunFolder, address: str, *, take_over: bool) -> None
         if holds or stopped(int(state.get("pid", 0))):
             from treadle.workflows.detached import release
 
-            release(target.path, address, take_over=take_over)
+            release(target.path, take_over=take_over)
     elif holds and not take_over:
         raise ConfigError(
             f"{target.path} is being run by {holds}.",

@@ -89,7 +89,7 @@ def attach(path: Path, address: str, *, quiet: bool) -> None:
     the folder does not say it or another one is to be asked."""
     folder = RunFolder(path.resolve())
     state = folder.state()
-    where = address or str((state.get("controller") or {}).get("address", ""))
+    where = address or _address(folder)
     running = state.get("state") == "running"
     if running and not state.get("controller"):
         follow_process(folder, _stream(quiet))
@@ -117,10 +117,10 @@ def make_room(path: Path, old: Controller, *, take_over: bool) -> None:
     old.kill()
 
 
-def release(path: Path, address: str, *, take_over: bool) -> None:
+def release(path: Path, *, take_over: bool) -> None:
     """Like `make_room`, for whichever controller the folder names, and from a process that has no Ray yet."""
     folder = RunFolder(path.resolve())
-    where = address or str((folder.state().get("controller") or {}).get("address", ""))
+    where = _address(folder)
     try:
         with open_session(ClusterConfig(address=where, token_file=_token_file(folder))):
             if (old := find_controller(controller_name(folder.path))) is not None:
@@ -135,7 +135,7 @@ def release(path: Path, address: str, *, take_over: bool) -> None:
 
 def kill_controller(folder: RunFolder) -> bool:
     """Ends the run's controller by force. False where it is gone already."""
-    where = str((folder.state().get("controller") or {}).get("address", ""))
+    where = _address(folder)
     with open_session(ClusterConfig(address=where, token_file=_token_file(folder))):
         controller = find_controller(controller_name(folder.path))
         if controller is not None:
@@ -199,7 +199,7 @@ def _resume(path: Path) -> str:
 
 def _unheard(folder: RunFolder, error: DeadlineError) -> TreadleError:
     """A controller that does not answer, or a cluster that is gone."""
-    where = str((folder.state().get("controller") or {}).get("address", ""))
+    where = _address(folder)
     remedy = f"Continue with: treadle resume {folder.path} --take-over"
     try:
         check_cluster(where, given_token(), KNOCK_S)
@@ -236,6 +236,11 @@ def _play(recipe: Recipe, path: Path, cwd: str, continued: bool, about: Mapping[
 def _keep_traceback(file: Path) -> None:
     with suppress(OSError), file.open("a") as out:
         traceback.print_exc(file=out)
+
+
+def _address(folder: RunFolder) -> str:
+    """The cluster of the run's controller; empty for a run without one."""
+    return str((folder.state().get("controller") or {}).get("address", ""))
 
 
 def _token_file(folder: RunFolder) -> str:
