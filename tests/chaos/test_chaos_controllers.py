@@ -145,7 +145,7 @@ def test_row_07_a_client_is_killed_and_others_attach_while_roles_are_replaced(
         assert run.all_gone(), run.program.survivors()
         assert run.state["attempts"] == 1, "the run was started again"
     assert events_of(run.folder, "replaced"), "the role's death went unnoticed"
-    found = account(run.folder)
+    found, made = account(run.folder), steps_of(run.folder)
     write_row(
         Row(
             row=7,
@@ -154,13 +154,20 @@ def test_row_07_a_client_is_killed_and_others_attach_while_roles_are_replaced(
             budget_s=REATTACH_S,
             account=found,
             same_bits=same_bits(run.folder, undisturbed),
-            figures={"lost_steps": 0},
+            figures={"steps_made_again": len(made) - len(set(made))},
         )
     )
     assert clean(found), found
     assert same_bits(run.folder, undisturbed)
     assert samples_of(run.folder) == samples_of(undisturbed)
+    assert made == list(range(6))
     assert max(seconds) <= REATTACH_S, seconds
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps that a run has written down, in order, those made again twice."""
+    file = folder / "metrics.jsonl"
+    return [row["step"] for row in map(json.loads, file.read_text().splitlines())] if file.exists() else []
 
 
 def kill_rollout_worker(run: Detached) -> None:
@@ -259,7 +266,7 @@ def test_stop_ends_a_run_of_this_machine_after_a_commit(tmp_path: Path, undistur
     )
     with log.open("w+") as output, program.start_into(output) as process:
         try:
-            assert wait_until(lambda: (folder / "metrics.jsonl").exists() or process.poll() is not None, 900)
+            assert wait_until(lambda: bool(steps_of(folder)) or process.poll() is not None, 900)
             stopped = Program(words=("stop", str(folder))).run()
             code = process.wait(120)
         except BaseException:
@@ -297,9 +304,10 @@ def test_row_07_the_cluster_of_a_detached_run_dies_and_its_client_says_so(tmp_pa
             end_node(node)
         began = time.monotonic()
         followed = run.ended()
-        assert time.monotonic() - began < 100
+        assert time.monotonic() - began < 60
         assert followed.code == 1, followed
-        assert followed.complaint
+        assert "The run's controller was there." in followed.complaint
+        assert "--take-over" in followed.complaint
         later = told(cluster, "attach", str(run.folder))
         assert later.code == 1, later
         assert "No Ray cluster answers" in later.complaint

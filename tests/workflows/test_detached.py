@@ -38,15 +38,17 @@ class PlainController:
 
     def __init__(self, answer: Mapping[str, Any] | RoleError, outcome: Outcome | BaseException | None = None):
         self.answer, self.outcome, self.killed = answer, outcome, False
-        self.known: Mapping[str, Any] = {"actor": "a1"}
+        self.known: Mapping[str, Any] = {"actor": "a1", "address": "127.0.0.1:9"}
+        self.silences: tuple[float, ...] = (0.1,)
 
     def about(self, deadline_s: float = 0.0) -> Mapping[str, Any]:
         if isinstance(self.answer, RoleError):
             raise self.answer
         return self.answer
 
-    def ended(self, meanwhile: Callable[[], object]) -> Outcome:
-        meanwhile()
+    def ended(self, meanwhile: Callable[[float], object]) -> Outcome:
+        for silent_s in self.silences:
+            meanwhile(silent_s)
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         assert self.outcome is not None
@@ -65,8 +67,9 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def follow(folder: RunFolder, outcome: Outcome | BaseException) -> None:
+def follow(folder: RunFolder, outcome: Outcome | BaseException, *silences: float) -> None:
     controller = PlainController({"over": False}, outcome)
+    controller.silences = silences or controller.silences
     follower = detached.Follower(folder.path, detached._stream(True))
     detached._follow(folder.path, controller, follower)  # type: ignore[arg-type]
 
@@ -146,9 +149,7 @@ def test_a_followed_run_ends_its_client_as_itself(tmp_path: Path) -> None:
         RoleError, match=r"its node died\. Nothing of the run is left running; .*treadle resume"
     ):
         follow(folder, died)
-    with pytest.raises(
-        ClusterError, match=r"No Ray cluster answers.*The run's controller was there.*--take-over"
-    ):
+    with pytest.raises(DeadlineError, match=r"it does not answer.*treadle resume .* --take-over"):
         follow(folder, DeadlineError("controller run-1: it does not answer."))
     folder.set_state(state="failed", error=asdict(FAILED))
     with pytest.raises(LearnerError):
@@ -156,3 +157,12 @@ def test_a_followed_run_ends_its_client_as_itself(tmp_path: Path) -> None:
     folder.set_state(controller={"actor": "another"})
     with pytest.raises(RoleError, match="its node died"):
         follow(folder, died)
+
+
+def test_a_cluster_that_is_gone_is_noticed_before_ray_ends_the_client(tmp_path: Path) -> None:
+    follow(RunFolder(tmp_path), Outcome(), 0.1, 9.0, 9.3, 12.0)
+    with pytest.raises(
+        ClusterError, match=r"No Ray cluster answers.*The run's controller was there.*--take-over"
+    ):
+        follow(RunFolder(tmp_path), Outcome(), 0.1, 9.0, 12.0, 18.0)
+    follow(RunFolder(tmp_path), Outcome(), 9.0, 0.5, 9.0)

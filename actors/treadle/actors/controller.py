@@ -103,8 +103,9 @@ class Controller:
             except RayError as error:
                 raise self._dead(error) from error
 
-    def ended(self, meanwhile: Callable[[], object]) -> Outcome:
-        """Waits for the end of the work and calls `meanwhile` a few times a second.
+    def ended(self, meanwhile: Callable[[float], object]) -> Outcome:
+        """Waits for the end of the work and calls `meanwhile` a few times a second, with the seconds since the last
+        answer; what it raises ends the wait.
 
         consumes: the controller's answers; waits for: its work, as long as it answers at all; unblocked by: its answer,
         its death, or `ANSWER_S` of silence; produces: the outcome.
@@ -113,7 +114,7 @@ class Controller:
         asked = self._actor.ended.remote(_ASK_S)
         while True:
             ready, _ = ray.wait([asked], timeout=0.3)
-            meanwhile()
+            meanwhile(time.monotonic() - heard)
             if not ready:
                 if time.monotonic() - heard > ANSWER_S:
                     raise self._silent(ANSWER_S)

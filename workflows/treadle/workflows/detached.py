@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,10 @@ from treadle.workflows.outcomes import conclude, error_of, outcome_of
 if TYPE_CHECKING:
     from treadle.workflows.recipe import Recipe
 
-KNOCK_S = 10.0
+KNOCK_S, KNOCK_EVERY_S, KNOCKS = 5.0, 8.0, 2
+"""A silent controller's cluster is looked for; a head that is being replaced gets a second chance."""
+FROZEN_S = 10.0
+"""How long a controller that is in the way is given to answer."""
 
 
 def controller_name(path: Path) -> str:
@@ -105,7 +109,7 @@ def make_room(path: Path, old: Controller, *, take_over: bool) -> None:
     """Ends a controller whose work is over, that is frozen, or that is to be replaced. Raises `ConfigError` for one
     that runs the run and may go on."""
     try:
-        busy = not old.about(KNOCK_S)["over"]
+        busy = not old.about(FROZEN_S)["over"]
     except RoleError:
         busy = False
     if busy and not take_over:
@@ -163,15 +167,45 @@ def _attach(folder: RunFolder, where: str, quiet: bool) -> None:
         conclude(folder)
 
 
+@dataclass(slots=True)
+class _Watch:
+    """Shows what is new, and looks for the cluster where its controller falls silent: Ray itself would wait a minute
+    for its head and then end this process without a word of ours."""
+
+    path: Path
+    address: str
+    follower: Follower
+    failed: int = 0
+    due_s: float = KNOCK_EVERY_S
+
+    def __call__(self, silent_s: float) -> None:
+        self.follower.look()
+        if silent_s < KNOCK_EVERY_S:
+            self.failed, self.due_s = 0, KNOCK_EVERY_S
+        elif silent_s >= self.due_s:
+            self.due_s = silent_s + KNOCK_EVERY_S
+            try:
+                check_cluster(self.address, given_token(), KNOCK_S)
+            except ClusterError as error:
+                self.failed += 1
+                if self.failed == KNOCKS:
+                    raise ClusterError(
+                        f"{error.message} The run's controller was there.",
+                        f"Continue with: treadle resume {self.path} --take-over",
+                    ) from error
+            else:
+                self.failed = 0
+
+
 def _follow(path: Path, controller: Controller, follower: Follower) -> None:
     """Shows the run until it ends; raises its error."""
     folder = RunFolder(path)
     try:
-        outcome = controller.ended(follower.look)
+        outcome = controller.ended(_Watch(path, str(controller.known["address"]), follower))
     except KeyboardInterrupt:
         raise _left(path) from None
     except DeadlineError as error:
-        raise _unheard(folder, error) from error
+        raise DeadlineError(error.message, f"Continue with: treadle resume {path} --take-over") from error
     except RoleError as error:
         follower.look()
         state = folder.state()
@@ -195,17 +229,6 @@ def _died(folder: RunFolder, name: str) -> RoleError:
 
 def _resume(path: Path) -> str:
     return f"Nothing of the run is left running; continue with: treadle resume {path}"
-
-
-def _unheard(folder: RunFolder, error: DeadlineError) -> TreadleError:
-    """A controller that does not answer, or a cluster that is gone."""
-    where = _address(folder)
-    remedy = f"Continue with: treadle resume {folder.path} --take-over"
-    try:
-        check_cluster(where, given_token(), KNOCK_S)
-    except ClusterError as gone:
-        return ClusterError(f"{gone.message} The run's controller was there.", remedy)
-    return DeadlineError(error.message, remedy)
 
 
 def _left(path: Path) -> Interrupted:
