@@ -1,4 +1,4 @@
-"""What the chaos suite measures: a line per row of the failure matrix, kept in chaos.json."""
+"""What the chaos suite measures: a line per fault, by row of the failure matrix, kept in chaos.json."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ class Row:
 
 
 def write_row(row: Row) -> None:
-    """Adds the row to the file, in place of an earlier one. Several processes may write."""
+    """Adds the fault to the file, in place of an earlier one of the same row. Several processes may write."""
     if not os.environ.get(OUT):
         return
     path = Path(os.environ[OUT])
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        held = {one["row"]: one for one in json.loads(path.read_text())["rows"]} if path.exists() else {}
-        held[row.row] = row.as_json()
-        rows = [held[number] for number in sorted(held)]
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        held = {(one["row"], one["fault"]): one for one in rows}
+        held[row.row, row.fault] = row.as_json()
+        rows = [held[key] for key in sorted(held)]
         path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 

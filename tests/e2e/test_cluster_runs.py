@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 from tests.clusters import RunningCluster, two_node_cluster
-from tests.e2e.programs import REPOSITORY, TINY, WITH_PROMPTS, Ended, Program, samples_of, summary_of
+from tests.e2e.programs import (
+    REPOSITORY,
+    TINY,
+    WITH_PROMPTS,
+    Ended,
+    Program,
+    samples_of,
+    summary_of,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -58,6 +67,37 @@ def test_attached_to_a_cluster_the_run_is_the_same(
     assert ended.code == 0, ended
     assert_same_run(tmp_path / "run", undisturbed)
     assert program.all_gone(), program.survivors()
+
+
+def test_a_detached_run_outlives_its_client_and_another_one_attaches_to_it(
+    cluster: RunningCluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder, environment = tmp_path / "run", {"HOME": str(cluster.folder), "RAY_AUTH_TOKEN": cluster.token}
+    held = "learner.before_step=sleep:20@3"  # so that a client which comes back finds it still running
+    program = Program(
+        words=(*attached(cluster, folder), "--detach"),
+        environment={**environment, "TREADLE_FAILPOINTS": held},
+    )
+    with (tmp_path / "client.log").open("w+") as log, program.start_into(log) as client:
+        assert wait_until(lambda: steps_of(folder) >= 2 or client.poll() is not None, 600), log.name
+        client.kill()
+    assert len(program.survivors()) > 5, "the run's processes do not have the mark"
+    began = time.time()
+    _, ended = on(cluster, "attach", str(folder))
+    assert ended.code == 0, ended
+    assert "attached to controller run-" in ended.out
+    assert "rl 6/6" in ended.out
+    assert_same_run(folder, undisturbed)
+    state = json.loads((folder / "run.json").read_text())
+    assert (state["state"], state["attempts"]) == ("finished", 1)
+    assert state["ended_unix_s"] > began, "it had ended before the second client came"
+    assert program.all_gone(30), program.survivors()
+
+
+def steps_of(folder: Path) -> int:
+    """Steps that a run has written down."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().count('"stage":"rl"') if file.exists() else 0
 
 
 def test_while_it_runs_prometheus_finds_its_figures(cluster: RunningCluster, tmp_path: Path) -> None:

@@ -68,6 +68,41 @@ def test_a_run_whose_process_is_gone_without_a_word_was_killed(run: RunFolder) -
     assert "treadle resume" in found["text"]
 
 
+CONTROLLER = {
+    "name": "run-0123456789ab",
+    "address": "10.0.0.1:6379",
+    "pid": 7,
+    "host": "node-3",
+    "since_unix_s": 0.0,
+}
+
+
+def test_a_detached_run_says_where_its_controller_is_and_since_when(run: RunFolder) -> None:
+    run.set_state(state="running", pid=os.getpid(), attempts=1, controller=CONTROLLER)
+    text = inspection.status(run.path)["text"]
+    assert (
+        "detached: controller run-0123456789ab, process 7 on node-3, runs it on the cluster at 10.0.0.1:6379"
+        in text
+    )
+    assert " since 19" in text
+    run.set_state(pid=dead_process())
+    assert "gone without a word, and what belonged to it ended" in inspection.status(run.path)["text"]
+    run.set_state(state="finished")
+    assert "node-3, ran it on" in inspection.status(run.path)["text"]
+    run.set_state(controller=None)
+    assert "detached: " not in inspection.status(run.path)["text"]
+
+
+def test_a_run_of_another_machine_is_silent_when_its_roles_say_nothing_any_more(run: RunFolder) -> None:
+    run.set_state(state="running", pid=1, host="elsewhere", attempts=1, started_unix_s=0.0)
+    assert inspection.status(run.path)["state"] == "running", "it may still be starting"
+    (run.path / "roles.json").write_text('{"unix_s": 0, "driver": {}, "roles": {}}')
+    os.utime(run.path / "roles.json", (1000, 1000))
+    found = inspection.status(run.path)
+    assert found["state"] == "silent"
+    assert "treadle resume" in found["text"]
+
+
 def test_a_run_that_never_started_has_no_figures(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path / "run", load_recipe("demo"))
     found = inspection.status(folder.path)

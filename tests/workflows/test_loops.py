@@ -16,7 +16,7 @@ import pytest
 from tests.workflows.plain_roles import CoinRollouts, DigitVerifiers, NumberedPrompts
 from tests.workflows.plain_stage import PlainBroadcast, PlainLearner
 
-from treadle.platform.errors import FailpointError, RefusedError
+from treadle.platform.errors import FailpointError, Interrupted, RefusedError
 from treadle.platform.failpoints import arm
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import StepBatch, StepReport
@@ -144,6 +144,30 @@ def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(tmp_path: Path, fault: 
     resumed = Attempt(cut).play()
     assert resumed.learner.state == whole.learner.state
     assert resumed.reports[-1].step == CONFIG.steps - 1
+    assert resumed.audit == {"trained": 24, "doubled": 0, "lost": 0, "in_flight": 0}
+
+
+@pytest.mark.parametrize("asked_at", [0, 2, 3, 7])
+def test_a_run_that_is_asked_to_stop_commits_the_step_at_hand_and_ends_as_one_that_was_not(
+    tmp_path: Path, asked_at: int
+) -> None:
+    whole = Attempt(folder(tmp_path, "whole")).play()
+    cut = folder(tmp_path, "cut")
+
+    async def until_asked(roles: Roles, journal: Journal) -> None:
+        await roles.broadcast.publish(journal.start)
+        loop = grpo(roles, CONFIG, NumberedPrompts(), journal)
+        for _ in range(asked_at):
+            await anext(loop)
+        journal.stop()
+        async for report in loop:
+            raise AssertionError(f"step {report.step} was not the last")
+
+    with pytest.raises(Interrupted, match=f"after step {asked_at + 1} of rl, which is committed"):
+        asyncio.run(Attempt(cut)._opened(until_asked))
+    resumed = Attempt(cut).play()
+    assert [report.step for report in resumed.reports] == list(range(asked_at + 1, CONFIG.steps))
+    assert resumed.learner.state == whole.learner.state
     assert resumed.audit == {"trained": 24, "doubled": 0, "lost": 0, "in_flight": 0}
 
 

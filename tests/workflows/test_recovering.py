@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from treadle.cluster.recovery import RecoveryConfig, RecoveryPolicy
-from treadle.platform.errors import ConfigError, LearnerError, RefusedError, TreadleError
-from treadle.workflows import commands, recovering
+from treadle.platform.errors import ConfigError, Interrupted, LearnerError, RefusedError, TreadleError
+from treadle.workflows import commands, detached, recovering
 from treadle.workflows.progress import holder
 
 
@@ -174,9 +174,39 @@ def test_taking_over_is_said_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "config.yaml").write_text("stages: {}\n")
     (tmp_path / "run.json").write_text(json.dumps(state_of(os.getpid())))
     monkeypatch.setattr(commands, "load_recipe", lambda source: "recipe")
-    monkeypatch.setattr(commands, "_play", lambda *asked: {"played": asked})
+    monkeypatch.setattr(commands, "_play", lambda *asked, **how: {"played": asked})
     with pytest.raises(ConfigError, match=rf"(?s)is being run by process {os.getpid()}.*--take-over"):
         commands.resume(str(tmp_path), [], None, "", take_over=False, as_json=False)
     assert (
         commands.resume(str(tmp_path), [], None, "", take_over=True, as_json=False)["played"][0] == "recipe"
     )
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_a_controller_elsewhere_is_asked_before_its_run_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, take_over: bool
+) -> None:
+    (tmp_path / "config.yaml").write_text("stages: {}\n")
+    state = {**state_of(1, "elsewhere"), "controller": {"name": "run-1"}}
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    asked: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(commands, "load_recipe", lambda source: "recipe")
+    monkeypatch.setattr(commands, "_play", lambda *asked, **how: {})
+    monkeypatch.setattr(detached, "release", lambda path, take_over: asked.append((path, take_over)))
+    commands.resume(str(tmp_path), [], None, "", take_over=take_over, as_json=False)
+    assert asked == [(tmp_path, take_over)]
+
+
+def test_a_stop_is_no_failure_to_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = PlainRun(tmp_path)
+    with pytest.raises(Interrupted, match="on request"):
+        play(run, monkeypatch, Interrupted("Stopped on request."))
+    assert (run.crew.replaced, run.told) == (0, [])
+
+
+def test_a_run_that_somebody_runs_is_not_replaced_by_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("stages: {}\n")
+    (tmp_path / "run.json").write_text(json.dumps(state_of(os.getpid())))
+    with pytest.raises(ConfigError, match=rf"is being run by process {os.getpid()}.*treadle stop"):
+        commands.run("demo", [], tmp_path, "", fresh=True, dry_run=False, as_json=False)
+    assert (tmp_path / "config.yaml").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ray._private.state import actors
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
     ActorUnavailableError,
@@ -25,6 +26,7 @@ GONE = (
 )
 """What Ray raises for a call of an actor that is gone, or never came: they have no class in common but `RayError`."""
 
+_OUT_OF_MEMORY = f"its node {PHRASE}, and Ray ended its process"
 _PID = re.compile(r"\bpid: (\d+)")
 _EXIT = re.compile(r"Worker exit type: (\w+)")
 _OF_THE_NODE = ("node has died", "node was dead", "node is dead")
@@ -33,16 +35,35 @@ _OF_THE_NODE = ("node has died", "node was dead", "node is dead")
 def why(error: RayError) -> str:
     """What happened to the actor's process, e.g. "its process 4711 was killed or crashed"."""
     text = " ".join(str(error).split())
-    pid, exited = _PID.search(text), _EXIT.search(text)
-    kind = exited[1] if exited else ""
-    if kind == "NODE_OUT_OF_MEMORY" or isinstance(error, OutOfMemoryError):
-        return f"its node {PHRASE}, and Ray ended its process"
-    if any(words in text for words in _OF_THE_NODE):
-        return "its node died"
+    if isinstance(error, OutOfMemoryError):
+        return _OUT_OF_MEMORY
     if isinstance(error, ActorUnschedulableError):
         return f"it cannot be placed: {text[:200]}"
     if isinstance(error, ActorUnavailableError):
         return "it cannot be reached at the moment"
+    return _clause(text)
+
+
+def death_of(actor_id: str) -> str:
+    """What ended an actor that is gone, as far as the cluster's head remembers; empty if it does not. Ray has no public
+    function for it that does without the dashboard."""
+    try:
+        known = actors(actor_id)
+    except (RayError, RuntimeError, ValueError):
+        return ""
+    if known.get("State") != "DEAD":
+        return ""
+    told = known["DeathCause"].actor_died_error_context
+    return _clause(f"{' '.join(told.error_message.split())} pid: {told.pid}")
+
+
+def _clause(text: str) -> str:
+    pid, exited = _PID.search(text), _EXIT.search(text)
+    kind = exited[1] if exited else ""
+    if kind == "NODE_OUT_OF_MEMORY":
+        return _OUT_OF_MEMORY
+    if any(words in text for words in _OF_THE_NODE):
+        return "its node died"
     process = f"its process {pid[1]}" if pid else "its process"
     if kind == "SYSTEM_ERROR":
         return f"{process} was killed or crashed"

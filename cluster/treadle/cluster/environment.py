@@ -29,6 +29,15 @@ NO_PRESTART = {"RAY_prestart_worker_first_driver": "0"}
 """For a cluster whose workers all have a runtime environment: Ray would start a worker per core without one, for
 nobody."""
 
+
+def passed_on() -> dict[str, str]:
+    """The variables that a process on a running cluster gets from this one: Treadle's own, and what Ray reads there
+    when it is imported. No token, and nothing else that might be secret: Ray shows them in clear text."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("TREADLE_")}
+    zero_copy = "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"
+    return {**ours, zero_copy: os.environ.get(zero_copy, _DEFAULTS[zero_copy])}
+
+
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 

@@ -91,19 +91,29 @@ def open_session(
     specs: Sequence[RoleSpec] = (),
     logs: Path | None = None,
     preload: Sequence[str] = (),
+    runtime_env: Mapping[str, object] | None = None,
 ) -> Iterator[Session]:
-    """Ray for the duration of a `with`. Call it in the main thread: an embedded cluster dies with the thread
+    """Ray for the duration of a `with`. In a process that Ray itself has started, a detached controller's, that is the
+    Ray it belongs to. Elsewhere call it in the main thread: an embedded cluster dies with the thread
     that started it, which is also what leaves no process behind when this one is killed.
 
     `specs` are the roles to come; an embedded Ray declares enough logical CPUs for all of them. `logs` is a
     folder that keeps what its processes have written (a running cluster keeps its own). `preload` is what
-    the roles' processes import (`warm_start.template`). SIGTERM inside the
+    the roles' processes import (`warm_start.template`). `runtime_env` is what processes on a running cluster get from
+    this one (`wheel.shipped`): code and variables, readable there by everybody. SIGTERM inside the
     block goes to the program's own handler, or raises `SystemExit` where it has none, so that everything is
     closed. Raises `ClusterError`.
     """
+    if inside_ray():
+        import ray
+
+        yield _session(ray, embedded=False)
+        return
     prepare_environment(config.token_file)
     _refuse_a_second_session()
-    opened = _attached(config) if config.address else _embedded(config, specs, logs, preload)
+    opened = (
+        _attached(config, runtime_env or {}) if config.address else _embedded(config, specs, logs, preload)
+    )
     handler = signal.getsignal(signal.SIGTERM)  # before Ray replaces it
     with opened as session, _sigterm_handled(handler if callable(handler) else _leave):
         yield session
@@ -177,7 +187,7 @@ def _keep_logs(folder: Path, logs: Path) -> None:
 
 
 @contextlib.contextmanager
-def _attached(config: ClusterConfig) -> Iterator[Session]:
+def _attached(config: ClusterConfig, runtime_env: Mapping[str, object]) -> Iterator[Session]:
     address = os.environ.get("RAY_ADDRESS", "auto") if config.address == "auto" else config.address
     token = given_token()
     if address != "auto":
@@ -189,17 +199,19 @@ def _attached(config: ClusterConfig) -> Iterator[Session]:
     import ray  # after the environment is complete
 
     try:
-        _init(ray, address=address, **_faults(os.environ))
+        _init(ray, address=address, runtime_env=_with_faults(runtime_env, os.environ))
         yield _session(ray, embedded=False)
     finally:
         ray.shutdown()
 
 
-def _faults(environ: Mapping[str, str]) -> dict[str, object]:
-    """The failpoints that were ordered of this process, for those on a running cluster: an embedded Ray's inherit
+def _with_faults(runtime_env: Mapping[str, object], environ: Mapping[str, str]) -> dict[str, object]:
+    """Adds the failpoints that were ordered of this process, for those on a running cluster: an embedded Ray's inherit
     them."""
-    ordered = {name: value for name, value in environ.items() if name.startswith(ENV)}
-    return {"runtime_env": {"env_vars": ordered}} if ordered else {}
+    given = runtime_env.get("env_vars")
+    variables = dict(given) if isinstance(given, Mapping) else {}
+    variables |= {name: value for name, value in environ.items() if name.startswith(ENV)}
+    return {**runtime_env, **({"env_vars": variables} if variables else {})}
 
 
 def _init(ray: object, **options: object) -> None:
@@ -224,6 +236,8 @@ def _try_to_init(ray: object, options: Mapping[str, object]) -> None:
             ray.init(  # type: ignore[attr-defined]
                 namespace="treadle", logging_level="error", log_to_driver=False, **options
             )
+            # Of a process that dies Ray prints a page on standard output; we say it in a sentence.
+            ray._private.worker._worker_logs_enabled = False  # type: ignore[attr-defined]
             return
         except Exception as error:
             if attempt or "timed out during startup" not in str(error):
@@ -281,6 +295,16 @@ def _remove_leftovers(parent: Path) -> None:
         pid = folder.name.removeprefix(_TEMP_PREFIX).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def inside_ray() -> bool:
+    """Whether this process is one that Ray has started for an actor."""
+    ray = sys.modules.get("ray")
+    return (
+        ray is not None
+        and ray.is_initialized()
+        and bool(ray._private.worker.global_worker.mode == ray.WORKER_MODE)
+    )
 
 
 def _refuse_a_second_session() -> None:

@@ -17,6 +17,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import treadle.platform
+from treadle.cluster.environment import passed_on
 from treadle.platform.errors import ClusterError
 
 _WHEEL = "Wheel-Version: 1.0\nGenerator: treadle\nRoot-Is-Purelib: true\nTag: py3-none-any\nBuild: {build}\n"
@@ -51,6 +52,12 @@ def build_wheel(folder: Path) -> Path:
             zipfile.ZipInfo(f"{info}/RECORD", _EPOCH), _record(files, info), zipfile.ZIP_DEFLATED
         )
     return path
+
+
+def shipped(folder: Path) -> dict[str, object]:
+    """The runtime environment of processes that run this Treadle on a cluster, whichever one its nodes have. The wheel
+    is written into `folder`, which may go once Ray has been initialised with it."""
+    return {"py_modules": [str(build_wheel(folder))], "env_vars": passed_on()}
 
 
 def _modules() -> Iterator[tuple[str, bytes]]:

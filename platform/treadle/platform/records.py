@@ -325,6 +325,19 @@ class CheckpointRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How the work of a process has ended. `kind` is the name of the error that ended it, empty for a good end.
+
+    Example: `Outcome(kind="LearnerError", message="rank 1 died.", remedy="Resume the run.", exit_code=1)`.
+    """
+
+    kind: str = ""
+    message: str = ""
+    remedy: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleSpec:
     """What a role needs from the cluster: `count` actors, each with these resources. `labels` are Ray label
     selectors (`{"ray.io/node-group": "rollout"}`), `accelerator` a Ray accelerator type or empty."""

@@ -38,6 +38,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Address = Annotated[
     str, typer.Option(help="A running Ray cluster as host:port; empty starts one here, for this run only.")
 ]
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach",
+        help="On the cluster at --address: a controller there runs it and goes on when this command ends, is killed or "
+        "is left with Ctrl-C (see attach, stop).",
+    ),
+]
 Folder = Annotated[
     Path | None, typer.Option("--dir", help="The run folder; the default is runs/<recipe's name>.")
 ]
@@ -63,15 +71,14 @@ def run(
     address: Address = "",
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    detach: Detach = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe here, on an embedded Ray, or on the cluster at --address."""
     from treadle.workflows import commands
 
-    _finish(
-        commands.run(recipe, overrides or [], folder, address, fresh=fresh, dry_run=dry_run, as_json=as_json),
-        as_json,
-    )
+    how = {"fresh": fresh, "dry_run": dry_run, "as_json": as_json, "detach": detach}
+    _finish(commands.run(recipe, overrides or [], folder, address, **how), as_json)
 
 
 @app.command()
@@ -109,14 +116,43 @@ def resume(
             "--take-over", help="Also where another process seems to run it: that one is fenced off."
         ),
     ] = False,
+    detach: Detach = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a run that was stopped or killed, from its newest committed checkpoint, here or in its mirror."""
     from treadle.workflows import commands
 
-    _finish(
-        commands.resume(run, overrides or [], folder, address, take_over=take_over, as_json=as_json), as_json
-    )
+    how = {"take_over": take_over, "as_json": as_json, "detach": detach}
+    _finish(commands.resume(run, overrides or [], folder, address, **how), as_json)
+
+
+@app.command()
+def attach(
+    run_folder: RunArg,
+    address: Annotated[
+        str, typer.Option(help="Its cluster as host:port; the default is what the run folder says.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Follow a run again, to its end: its progress, its last sentence, its exit code. Ctrl-C leaves it running."""
+    from treadle.workflows import attach_commands
+
+    _finish(attach_commands.attach(run_folder, address, as_json=as_json), as_json)
+
+
+@app.command()
+def stop(
+    run_folder: RunArg,
+    deadline_s: Annotated[
+        float,
+        typer.Option("--deadline", min=0, help="Seconds that the step at hand may take to be committed."),
+    ] = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """End a run, detached or not: a commit after the step at hand, then everything ends; `treadle resume` goes on."""
+    from treadle.workflows import attach_commands
+
+    _finish(attach_commands.stop(run_folder, deadline_s), as_json)
 
 
 @app.command()

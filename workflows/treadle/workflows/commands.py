@@ -15,8 +15,8 @@ from treadle.workflows.data.tokenization import load_tokenizer
 from treadle.workflows.elastic import forget
 from treadle.workflows.folder import RunFolder, read_json, refuse_url, replace_file
 from treadle.workflows.inputs import build_inputs
-from treadle.workflows.outputs import outputs_of
-from treadle.workflows.progress import holder
+from treadle.workflows.outputs import closing_text
+from treadle.workflows.progress import holder, stopped
 from treadle.workflows.recipe import Recipe, load_recipe, recipe_names
 
 Result = dict[str, Any]
@@ -31,6 +31,7 @@ def run(
     fresh: bool,
     dry_run: bool,
     as_json: bool,
+    detach: bool = False,
 ) -> Result:
     """Checks the recipe and its data, then runs it. Nothing is started, and no folder made, if a check fails."""
     recipe = addressed(load_recipe(source, overrides), address)
@@ -39,8 +40,14 @@ def run(
         text = to_yaml(recipe)
         return {"recipe": recipe.name, "stages": list(recipe.stages), "skipped_rows": skipped, "text": text}
     target = folder or Path("runs") / recipe.name
+    if fresh and (holds := holder(RunFolder(target).state())):
+        raise ConfigError(
+            f"{target} is being run by {holds}.", f"End it first, with `treadle stop {target}`."
+        )
     RunFolder.clear(target, fresh=fresh)
-    return _play(recipe, target, as_json)
+    if detach:
+        check_inputs(recipe)  # what is wrong with the data is said before anything is shipped
+    return _play(recipe, target, as_json, detach=detach)
 
 
 def resume(
@@ -51,6 +58,7 @@ def resume(
     *,
     take_over: bool,
     as_json: bool,
+    detach: bool = False,
 ) -> Result:
     """Continues a run from its folder, or from its mirror in the new folder `folder`. Whoever ran it before can write
     nothing more from then on. `overrides` may say where and with how many processes, not what is trained."""
@@ -60,18 +68,32 @@ def resume(
     target = RunFolder.existing(path)
     recipe = _resized(target.config, overrides)
     state = target.state()
-    if (holds := holder(state)) and not take_over:
-        raise ConfigError(
-            f"{path} is being run by {holds}.",
-            "Stop that process first, or continue here with --take-over: it can write nothing more then.",
-        )
+    _refuse_if_held(target, take_over=take_over)
     if state.get("state") == "finished" and target.summary.exists():
-        return {**read_json(target.summary), "text": _text(target)}
+        return {**read_json(target.summary), "text": closing_text(target)}
     if address or overrides:
         forget(path)
         recipe = addressed(recipe, address)
         replace_file(target.config, to_yaml(recipe))
-    return _play(recipe, path, as_json)
+    return _play(recipe, path, as_json, detach=detach, continued=True, take_over=take_over)
+
+
+def _refuse_if_held(target: RunFolder, *, take_over: bool) -> None:
+    """Raises `ConfigError` where somebody runs the run, unless they are to be replaced. A detached controller that is
+    frozen or to be replaced is ended: what belongs to it would stay in the new one's way."""
+    state = target.state()
+    holds = holder(state)
+    if state.get("state") == "running" and state.get("controller"):
+        if holds or stopped(int(state.get("pid", 0))):
+            from treadle.workflows.detached import release
+
+            release(target.path, take_over=take_over)
+    elif holds and not take_over:
+        raise ConfigError(
+            f"{target.path} is being run by {holds}.",
+            "Stop that process first (`treadle stop`), or continue here with --take-over: it can write nothing more "
+            "then.",
+        )
 
 
 def _resized(config: Path, overrides: Sequence[str]) -> Recipe:
@@ -150,7 +172,20 @@ def check_inputs(recipe: Recipe) -> dict[str, int]:
     return {name: stage.skipped for name, stage in inputs.items() if stage.skipped}
 
 
-def _play(recipe: Recipe, path: Path, as_json: bool) -> Result:
+def _play(
+    recipe: Recipe,
+    path: Path,
+    as_json: bool,
+    *,
+    detach: bool = False,
+    continued: bool = False,
+    take_over: bool = False,
+) -> Result:
+    if detach:
+        from treadle.workflows.detached import run_detached
+
+        run_detached(recipe, path, quiet=as_json, continued=continued, take_over=take_over)
+        return {**read_json(RunFolder(path).summary), "text": closing_text(RunFolder(path))}
     from treadle.workflows.launch import play
 
     try:
@@ -158,11 +193,4 @@ def _play(recipe: Recipe, path: Path, as_json: bool) -> Result:
     except KeyboardInterrupt:
         remedy = f"Continue with: treadle resume {path}" if RunFolder(path).config.exists() else ""
         raise Interrupted("Stopped by the operator.", remedy) from None
-    return {**summary, "text": _text(RunFolder(path))}
-
-
-def _text(folder: RunFolder) -> str:
-    """Each stage's evaluation, and where the report is."""
-    evaluated = [(name, o.evaluation) for name, o in outputs_of(folder).items() if o.evaluation]
-    lines = [f"{name:>10}  {evaluation.line()}" for name, evaluation in evaluated]
-    return "\n".join([*lines, f"{'report':>10}  {folder.path / 'report.html'}"])
+    return {**summary, "text": closing_text(RunFolder(path))}

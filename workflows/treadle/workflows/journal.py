@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from treadle.platform import metric_names as names
 from treadle.platform.contracts import Prompts
-from treadle.platform.errors import RefusedError
+from treadle.platform.errors import Interrupted, RefusedError
 from treadle.platform.failpoints import failpoint
 from treadle.platform.ledger import Ledger
 from treadle.platform.records import Drawn, Issue, PublishReport, Sampling, StepReport, Verdict, VerdictStatus
@@ -46,6 +46,7 @@ class Journal:
         self._position, self._ledger, self._tracker, self._keeper = position, ledger, tracker, keeper
         self._weights = weights
         self._most_refused, self._refused = most_refused, 0
+        self._stopping = False
         self._notes: dict[str, float] = {}
         self._stream: GroupStream | None = None
         self._dropped_before: dict[str, int] = {}
@@ -162,6 +163,11 @@ class Journal:
         """See `CheckpointKeeper.hurry`."""
         self._keeper.hurry()
 
+    def stop(self) -> None:
+        """The step at hand is the last one: it is committed, and then `Interrupted` is raised."""
+        self._stopping = True
+        self.hurry()
+
     def note(self, figures: Mapping[str, float]) -> None:
         """Figures that go with the next step's: what an evaluation in between has found."""
         self._notes.update(figures)
@@ -185,7 +191,9 @@ class Journal:
         with self.clock("checkpoint"):
             if self._keeper.due(step):  # a step that is never repeated has left all its traces
                 await asyncio.to_thread(self._tracker.settle)
-            await self._keeper.after_step(self.stage, step, cursor, with_groups=with_groups)
+            committed = await self._keeper.after_step(self.stage, step, cursor, with_groups=with_groups)
+        if committed and self._stopping:
+            raise Interrupted(f"Stopped on request after step {step} of {self.stage}, which is committed.")
 
     def _newly_dropped(self, stream: GroupStream) -> dict[str, int]:
         new = {k: n - self._dropped_before.get(k, 0) for k, n in stream.dropped.items()}

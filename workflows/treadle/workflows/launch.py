@@ -22,9 +22,9 @@ from treadle.cluster.ray_metrics import RayMetrics
 from treadle.cluster.recovery import RecoveryPolicy
 from treadle.cluster.session import open_session
 from treadle.platform.config import flatten
-from treadle.platform.errors import ConfigError, FencedError, TreadleError
+from treadle.platform.errors import ConfigError, FencedError, Interrupted, TreadleError
 from treadle.platform.ledger import Ledger
-from treadle.platform.records import WeightVersion
+from treadle.platform.records import Outcome, WeightVersion
 from treadle.platform.tracking import RunTracker
 from treadle.workflows.configs import DistillConfig, GrpoConfig, SftConfig
 from treadle.workflows.crew import engine_specs, open_crew, open_engines, preloads, role_specs
@@ -34,10 +34,12 @@ from treadle.workflows.folder import RunFolder, write_json
 from treadle.workflows.inputs import StageInputs, build_inputs, stage_inputs
 from treadle.workflows.mirroring import check_new_mirror, mirrored
 from treadle.workflows.models import check_model_folder
+from treadle.workflows.outcomes import as_json, interrupted, outcome_of
 from treadle.workflows.outputs import finished, record
 from treadle.workflows.recipe import Recipe
 from treadle.workflows.recovering import play_stage
 from treadle.workflows.run import Run
+from treadle.workflows.stopping import stoppable
 from treadle.workflows.summary import summarise
 from treadle.workflows.watch import record_failure, watched
 from treadle.workflows.weights_url import check_weights_url, weights_url
@@ -51,8 +53,11 @@ FENCED = "fenced"
 
 
 @asynccontextmanager
-async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncIterator[Run]:
-    """A run with its roles, in a new folder or in one that holds a run of the same recipe.
+async def open_run(
+    recipe: Recipe, path: Path, *, quiet: bool = False, controller: Mapping[str, Any] | None = None
+) -> AsyncIterator[Run]:
+    """A run with its roles, in a new folder or in one that holds a run of the same recipe. `controller` is what
+    `run.json` says of the detached controller whose process this is.
 
     Raises what the checks, the cluster and the roles raise; whatever ends the block, all processes are ended and
     the folder says how the run ended. Example: `async with open_run(recipe, Path("runs/mine")) as run: …`
@@ -69,13 +74,11 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         check_weights_url(recipe.broadcast)
         folder = RunFolder.of(path, recipe)
         shutil.copytree(drafted, folder.tokenizer, dirs_exist_ok=True)
-    staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
     recipe = replace(recipe, verify=_readied(recipe.verify, tokenizer, inputs.values()))
     tracker = RunTracker(
         folder.path, recipe.tracking, name=recipe.name, settings=flatten(recipe), json_mode=quiet
     )
     _tell_skipped(tracker, inputs)
-    status = "failed"
     attempts = int(folder.state().get("attempts", 0)) + 1
     folder.set_state(
         state="running",
@@ -83,59 +86,101 @@ async def open_run(recipe: Recipe, path: Path, *, quiet: bool = False) -> AsyncI
         host=socket.gethostname(),
         attempts=attempts,
         started_unix_s=time.time(),
+        controller=dict(controller) if controller else None,
+        error=None,
     )
-    try:
-        with (
-            Ledger.open(folder.ledger) as ledger,
-            mirrored(recipe.checkpoint, folder, ledger, tracker) as mirror,
-            weights_url(recipe.broadcast, folder, tracker.say) as broadcast,
-            open_session(recipe.cluster, role_specs(recipe), folder.path / "logs", preloads(recipe)),
-            RayMetrics(recipe.name) as metrics,
-        ):
-            tracker.mirror_to(metrics)
-            crew = await open_crew(replace(recipe, broadcast=broadcast), staleness)
-            run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started, mirror)
-            crew.tell(run.replaced, run.missing)
-            try:
-                async with watched(run):
-                    yield run
-                await run.settle_mirror()
-            except FencedError:
-                raise
-            except TreadleError as error:
+    async with (
+        _concluded(folder, tracker),
+        stoppable(folder, attempts, tracker.say) as stop,
+        _running(recipe, folder, tracker, tokenizer, inputs, started) as run,
+    ):
+        stop.run = run
+        yield run
+
+
+@asynccontextmanager
+async def _running(
+    recipe: Recipe,
+    folder: RunFolder,
+    tracker: RunTracker,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, StageInputs],
+    started: float,
+) -> AsyncIterator[Run]:
+    """The run, while its ledger, its mirror, its Ray and its roles are open."""
+    staleness = max((s.staleness for s in recipe.stages.values() if isinstance(s, GrpoConfig)), default=0)
+    with (
+        Ledger.open(folder.ledger) as ledger,
+        mirrored(recipe.checkpoint, folder, ledger, tracker) as mirror,
+        weights_url(recipe.broadcast, folder, tracker.say) as broadcast,
+        open_session(recipe.cluster, role_specs(recipe), folder.path / "logs", preloads(recipe)),
+        RayMetrics(recipe.name) as metrics,
+    ):
+        tracker.mirror_to(metrics)
+        crew = await open_crew(replace(recipe, broadcast=broadcast), staleness)
+        run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started, mirror)
+        crew.tell(run.replaced, run.missing)
+        try:
+            async with watched(run):
+                yield run
+            await run.settle_mirror()
+        except FencedError:
+            raise
+        except TreadleError as error:
+            if not isinstance(error, Interrupted):
                 with suppress(OSError):  # the failure itself must be told
                     await record_failure(run, error)
-                if mirror:
-                    await mirror.settle(patient=False)
-                raise
-            finally:
-                await crew.close()
-        status = "finished"
+            if mirror:
+                await mirror.settle(patient=False)
+            raise
+        finally:
+            await crew.close()
+
+
+@asynccontextmanager
+async def _concluded(folder: RunFolder, tracker: RunTracker) -> AsyncIterator[None]:
+    """Whatever ends the block, the folder says how, unless it belongs to another process by then."""
+    state: str = "failed"
+    outcome: Outcome | None = None
+    try:
+        yield
+        state = "finished"
     except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-        status = "interrupted"
+        state, outcome = "interrupted", outcome_of(interrupted(folder.path))
         raise
+    except Interrupted as error:
+        told = Interrupted(error.message, interrupted(folder.path).remedy)
+        state, outcome = "interrupted", outcome_of(told)
+        raise told from None
     except FencedError:
-        status = FENCED
+        state = FENCED
         raise
     except TreadleError as error:
+        outcome = outcome_of(error)
         tracker.event(
             "failure", {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
         )
         raise
+    except Exception as error:
+        outcome = outcome_of(error)
+        raise
     finally:
-        if status == FENCED:
+        if state == FENCED:
             tracker.abandon()
         else:
             with suppress(OSError):  # on a full disk the reason for the end is what must be said
-                folder.set_state(state=status, ended_unix_s=time.time())
-            tracker.close(status)
+                said = as_json(outcome, tracker.redactor) if outcome else None
+                folder.set_state(state=state, ended_unix_s=time.time(), error=said)
+            tracker.close(state)
 
 
-async def play(recipe: Recipe, path: Path, *, quiet: bool) -> dict[str, Any]:
+async def play(
+    recipe: Recipe, path: Path, *, quiet: bool, controller: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Runs all stages and returns the summary, which is also written to `summary.json`, with `report.html`
-    beside it."""
+    beside it. `controller` as in `open_run`."""
     folder = RunFolder(path)
-    async with open_run(recipe, path, quiet=quiet) as run:
+    async with open_run(recipe, path, quiet=quiet, controller=controller) as run:
         policy = RecoveryPolicy(recipe.recovery)
         for name, config in recipe.stages.items():
             output = finished(folder, name, run.key(name))

@@ -84,3 +84,10 @@ def _read(folder: RunFolder, file: Path) -> StageOutput:
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime
+
+
+def closing_text(folder: RunFolder) -> str:
+    """What a run prints when it has finished: each stage's evaluation, and where the report is."""
+    evaluated = [(name, o.evaluation) for name, o in outputs_of(folder).items() if o.evaluation]
+    lines = [f"{name:>10}  {evaluation.line()}" for name, evaluation in evaluated]
+    return "\n".join([*lines, f"{'report':>10}  {folder.path / 'report.html'}"])

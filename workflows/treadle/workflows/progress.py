@@ -14,7 +14,7 @@ from treadle.platform.ledger import Ledger
 from treadle.platform.tracking import read_metrics
 from treadle.workflows.folder import RunFolder, read_json
 from treadle.workflows.outputs import outputs_of
-from treadle.workflows.watch import first_failure, last_seen
+from treadle.workflows.watch import ROLES_FILE, first_failure, last_seen
 
 SHOWN = ("reward/mean", "accuracy/sampled", "accuracy/heldout_sampled", "response_length/mean", "policy/loss")
 
@@ -23,21 +23,27 @@ FROZEN = "frozen"
 """The state of a run whose driver was stopped by a signal: SIGCONT wakes it, unless another one takes over."""
 
 
+SILENT = "silent"
+"""The state of a run whose driver, on another machine, writes nothing any more: it is dead, frozen or cut off."""
+SILENT_S = 60.0
+"""`roles.json` is written every few seconds."""
+
+
 def describe(folder: RunFolder) -> dict[str, Any]:
     """State, attempts, finished stages, the newest step with its figures, and the samples' fate. A run whose
-    process is gone without a word is reported as `killed`."""
+    process is gone without a word is reported as `killed`, one that another machine's process runs without a word as
+    `silent`."""
     state = folder.state()
     word = state.get("state", "never started")
-    if word == "running" and not alive(int(state.get("pid", 0))):
-        word = "killed"
-    elif word == "running" and stopped(int(state.get("pid", 0))):
-        word = FROZEN
+    if word == "running":
+        word = _running(folder, state)
     rows = read_metrics(folder.path)
     newest = max(rows, key=lambda row: row.time, default=None)
     result: dict[str, Any] = {
         "folder": str(folder.path),
         "state": word,
         "attempts": state.get("attempts", 0),
+        "controller": state.get("controller") or {},
         "stages_finished": list(outputs_of(folder)),
         "stage": newest.stage if newest else None,
         "step": newest.step if newest else None,
@@ -51,14 +57,37 @@ def describe(folder: RunFolder) -> dict[str, Any]:
     return {**result, "text": _text(result)}
 
 
+def _running(folder: RunFolder, state: Mapping[str, Any]) -> str:
+    """What a run is that says it is running."""
+    if not here(state):
+        return SILENT if silent_s(folder, state) > SILENT_S else "running"
+    if not alive(int(state.get("pid", 0))):
+        return "killed"
+    return FROZEN if stopped(int(state.get("pid", 0))) else "running"
+
+
+def here(state: Mapping[str, Any]) -> bool:
+    """Whether the process that runs a run is one of this machine's."""
+    return (str(state.get("host", "")) or socket.gethostname()) == socket.gethostname()
+
+
+def silent_s(folder: RunFolder, state: Mapping[str, Any]) -> float:
+    """For how many seconds a run has not said what its roles are doing; 0 until it says so for the first time."""
+    try:
+        said = (folder.path / ROLES_FILE).stat().st_mtime
+    except OSError:
+        return 0.0
+    return max(0.0, time.time() - said) if said >= float(state.get("started_unix_s", 0.0)) else 0.0
+
+
 def holder(state: Mapping[str, Any]) -> str:
     """Which process runs a run, by its `run.json`, or nothing if none does: it is gone, or stopped (SIGSTOP), and the
     ledger keeps it from writing once another one has taken over."""
-    pid, host = int(state.get("pid", 0)), str(state.get("host", "")) or socket.gethostname()
+    pid = int(state.get("pid", 0))
     if state.get("state") != "running":
         return ""
-    if host != socket.gethostname():
-        return f"process {pid} on {host}"
+    if not here(state):
+        return f"process {pid} on {state['host']}"
     if not alive(pid):
         return ""
     return "" if stopped(pid) else f"process {pid}"
@@ -102,6 +131,8 @@ def _audit(folder: RunFolder) -> dict[str, Any]:
 
 def _text(result: dict[str, Any]) -> str:
     lines = [f"{result['folder']}: {result['state']}, attempt {result['attempts']}"]
+    if controller := result["controller"]:
+        lines.append(_controller(controller, result["state"]))
     if result["stages_finished"]:
         lines.append(f"finished stages: {', '.join(result['stages_finished'])}")
     if result["stage"] is not None:
@@ -123,7 +154,7 @@ def _text(result: dict[str, Any]) -> str:
     if result["samples"]:
         counts = "  ".join(f"{name} {value}" for name, value in result["samples"].items())
         lines.append(f"groups: {counts}")
-    if result["state"] in ("killed", "interrupted", "failed", FROZEN):
+    if result["state"] in ("killed", "interrupted", "failed", FROZEN, SILENT):
         lines.append(f"continue with: treadle resume {result['folder']}")
     return "\n".join(lines)
 
@@ -133,6 +164,17 @@ def _sizes(now: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{name}={size}" for name, size in now.get("sizes", {}).items())
     going = f"; being scaled to {now['scaling']}" if now.get("scaling") else ""
     return [f"sizes: {sizes}{going}"] if sizes else []
+
+
+def _controller(said: Mapping[str, Any], state: str) -> str:
+    """Where a detached run's controller is or was, and since when."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(said["since_unix_s"]))
+    runs = "runs" if state in ("running", FROZEN, SILENT) else "ran"
+    gone = "; it is gone without a word, and what belonged to it ended with it" if state == "killed" else ""
+    return (
+        f"detached: controller {said['name']}, process {said['pid']} on {said['host']}, {runs} it on the cluster at "
+        f"{said['address']} since {since}{gone}"
+    )
 
 
 def _mirror(said: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from treadle.cluster.recovery import Action, Failure, RecoveryPolicy
-from treadle.platform.errors import RefusedError, TreadleError
+from treadle.platform.errors import Interrupted, RefusedError, TreadleError
 from treadle.workflows.configs import StageConfig
 from treadle.workflows.outputs import StageOutput
 from treadle.workflows.run import Run
@@ -24,6 +24,8 @@ async def play_stage(run: Run, name: str, config: StageConfig, policy: RecoveryP
     while True:
         try:
             return await run_stage(run, name, config)
+        except Interrupted:
+            raise
         except TreadleError as error:
             await _mend(run, name, error, policy)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from treadle.actors.replaced import Replaced
 from treadle.platform.checkpoints import Skipped
 from treadle.platform.config import fingerprint
-from treadle.platform.errors import ConfigError, FencedError
+from treadle.platform.errors import ConfigError, FencedError, Interrupted
 from treadle.platform.ledger import Ledger
 from treadle.platform.objectives.base import Objective
 from treadle.platform.storage import local_path
@@ -68,6 +68,7 @@ class Run:
         self.replacements: dict[str, int] = {}
         self._journals: dict[str, Journal] = {}
         self._left: frozenset[str] = frozenset()
+        self._stopping = False
         self._started, self._stage_started = started, started
         self._model = ""
 
@@ -76,8 +77,20 @@ class Run:
         return self.crew.roles
 
     def entered(self) -> None:
-        """A stage begins: its wall time counts from here."""
+        """A stage begins: its wall time counts from here. Raises `Interrupted` where the run is to stop."""
+        self._heed_stop()
         self._stage_started = time.monotonic()
+
+    def _heed_stop(self) -> None:
+        if self._stopping:
+            done = ", ".join(self.outputs) or "none"
+            raise Interrupted(f"Stopped on request between two steps; finished stages: {done}.")
+
+    def stop(self) -> None:
+        """The run ends after a commit that follows the step at hand, or where the next stage would begin."""
+        self._stopping = True
+        for journal in list(self._journals.values())[-1:]:
+            journal.stop()
 
     def stepped(self) -> None:
         """Counts a step. After the first one of a run, what later stages need comes up in the background."""
@@ -181,6 +194,7 @@ class Run:
             await self.crew.set_engines(self._model)
             await self.crew.set_broadcast(self._model)
             await self.roles.broadcast.publish(position.step)
+        self._heed_stop()
         tracker = self.tracker.stage(name, total_steps=steps)
         journal = Journal(
             stage=name,

@@ -18,6 +18,7 @@ from treadle.platform.errors import TreadleError
 from treadle.platform.stacks import stacks
 from treadle.workflows.elastic import Scaler
 from treadle.workflows.folder import read_json, write_json
+from treadle.workflows.outcomes import as_json, outcome_of
 from treadle.workflows.wall_clock import WallClock
 from treadle.workflows.watchdog import guarded
 
@@ -76,7 +77,8 @@ async def watched(run: Run) -> AsyncIterator[None]:
         if int(state.get("pid", 0)) != os.getpid():
             return  # the run has a new driver
         _write_failure(run, error, {"driver": stacks()}, _driver(run))
-        run.folder.set_state(state="failed", ended_unix_s=time.time())
+        told = as_json(outcome_of(error), run.tracker.redactor)
+        run.folder.set_state(state="failed", ended_unix_s=time.time(), error=told)
 
     watches = {"watch roles": look(), "watch nodes": heed(), "watch requests": scale()}
     tasks = [asyncio.create_task(watch, name=name) for name, watch in watches.items()]

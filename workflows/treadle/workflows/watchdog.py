@@ -29,7 +29,7 @@ async def guarded(
     consumes: beats of the event loop; waits for: the next one; unblocked by: its clock; produces: one sentence on
     standard error and a call of `told` (from the thread), then exit code 1. `doing` says what the driver was at.
     """
-    beats, over = [0], threading.Event()
+    beats, over, thread = [0], threading.Event(), threading.get_ident()
 
     async def beat() -> None:
         while True:
@@ -43,7 +43,7 @@ async def guarded(
             silent_s = silent_s + TICK_S if beats[0] == seen else 0.0
             seen = beats[0]
             if silent_s >= deadline_s and not over.is_set():
-                _end(deadline_s, doing(), told)
+                _end(deadline_s, thread, doing(), told)
 
     beating = asyncio.create_task(beat(), name="beat of the driver")
     if deadline_s:
@@ -56,8 +56,8 @@ async def guarded(
         await asyncio.gather(beating, return_exceptions=True)
 
 
-def _end(deadline_s: float, doing: str, told: Callable[[DeadlineError], None]) -> None:
-    where = places(threading.main_thread().ident) or "outside of our code"
+def _end(deadline_s: float, thread: int, doing: str, told: Callable[[DeadlineError], None]) -> None:
+    where = places(thread) or "outside of our code"
     error = DeadlineError(
         f"driver: it hangs {where}, for {deadline_s:g} s, in {doing}.",
         "Continue with `treadle resume`; recovery.driver_deadline_s allows longer.",

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TextIO
 
 from treadle.platform import metric_names as names
@@ -88,6 +89,17 @@ def progress_line(
     parts.append(f"ETA {duration(eta.left_s(step))}")
     parts.append(f"elapsed {duration(elapsed_s)}")
     return "  ".join(parts)
+
+
+def opening_line(name: str, attempt: int, folder: Path) -> str:
+    """What a run says first."""
+    again = f" (attempt {attempt})" if attempt > 1 else ""
+    return f"run {name}{again}  folder {folder}  report {folder / 'report.html'}"
+
+
+def closing_line(status: str, elapsed_s: float, folder: Path) -> str:
+    """What a run says last."""
+    return f"run {status} after {duration(elapsed_s)}  folder {folder}"
 
 
 class Console:

@@ -20,7 +20,7 @@ from typing import Protocol, TextIO
 from treadle.platform.metric_names import with_aliases
 from treadle.platform.records import Json
 from treadle.platform.tracking.config import TrackingConfig, tracking_uri
-from treadle.platform.tracking.console import Console, Eta, duration, progress_line
+from treadle.platform.tracking.console import Console, Eta, closing_line, opening_line, progress_line
 from treadle.platform.tracking.feed import Feed, Unsent
 from treadle.platform.tracking.outages import FeedWatch
 from treadle.platform.tracking.redact import Redactor, flatten
@@ -33,6 +33,8 @@ STAGE_START = "stage_start"
 STAGE_END = "stage_end"
 ROLLOUTS = "rollouts"
 FAILURE = "failure"
+SAID = "said"
+"""A line of the console, for those who follow the run from its folder."""
 WRITE_DEADLINE_S = 30.0
 """How long a checkpoint or the end of a run waits for sampled rollouts to be on the disk."""
 INTERRUPTED_DRAIN_S = 5.0
@@ -114,7 +116,7 @@ class RunTracker:
             {"kind": kind, "stage": stage, "attempt": self.attempt, "time": time.time(), "fields": clean}
         )
         if kind == FAILURE:
-            self._console.say(f"failure in {stage or 'the run'}: {_one_line(clean)}")
+            self._console.say(failure_line(stage, clean))
         self._warn_if_held(self._events)
 
     def write_metrics(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -160,7 +162,11 @@ class RunTracker:
             )
 
     def say(self, text: str) -> None:
-        """A line on the console, without secrets."""
+        """A line on the console, without secrets, and for those who follow the run from elsewhere."""
+        self._show(text)
+        self.event(SAID, {"text": text})
+
+    def _show(self, text: str) -> None:
         self._console.say(self.redactor.message(text))
 
     def show(self, line: str, *, step: int, last: bool) -> None:
@@ -214,8 +220,7 @@ class RunTracker:
         uri = tracking_uri(self.config, self.run_dir)
         start = partial(Feed, self.run_dir, uri, self.config.experiment)
         self.mlflow = FeedWatch(self.run_dir, start) if uri else None
-        again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
-        self.say(f"run {name}{again}  folder {self.run_dir}  report {self.run_dir / 'report.html'}")
+        self._show(opening_line(name, self.attempt, self.run_dir))
 
     def _keep_rollouts(self, stage: str, step: int, rows: tuple[RolloutRow, ...]) -> None:
         clean = [_redacted(row, self.redactor) for row in rows]
@@ -241,16 +246,16 @@ class RunTracker:
             self._console.say(f"warning: {self.redactor.message(text)}")
 
     def _summary(self, status: str) -> None:
-        self.say(f"run {status} after {duration(time.monotonic() - self._began)}  folder {self.run_dir}")
+        self._show(closing_line(status, time.monotonic() - self._began, self.run_dir))
         lost = self._metrics.lost + self._events.lost + self._metrics.held + self._events.held
         if lost:
-            self.say(
+            self._show(
                 f"warning: {lost} lines could not be written to the run folder: {self._metrics.last_error}"
             )
         if self.unsent is not None and self.unsent.lines:
-            self.say(f"MLflow has not taken {self.unsent.lines} lines yet; they wait in {self.run_dir}.")
+            self._show(f"MLflow has not taken {self.unsent.lines} lines yet; they wait in {self.run_dir}.")
         if self.unsent is not None and self.unsent.error:
-            self.say(f"MLflow: {self.unsent.error}")
+            self._show(f"MLflow: {self.unsent.error}")
 
 
 class StageTracker:
@@ -316,6 +321,11 @@ def _version() -> str:
         return metadata.version("treadle")
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def failure_line(stage: str, fields: Mapping[str, Json]) -> str:
+    """A failure as the console shows it."""
+    return f"failure in {stage or 'the run'}: {_one_line(fields)}"
 
 
 def _one_line(fields: Mapping[str, Json]) -> str:
