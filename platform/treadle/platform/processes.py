@@ -8,6 +8,7 @@ import signal
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def die_with(parent: int) -> None:
@@ -20,3 +21,15 @@ def die_with(parent: int) -> None:
 def name_process(name: str) -> None:
     """What `ps` and `top` show: at most 15 characters."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
+
+
+def keep_freed_memory() -> None:
+    """Memory that this process frees stays with it, for the next step to take.
+
+    glibc gives it back, and Linux clears every page anew before it is used again: for the activations of a training
+    step on a CPU some hundred megabytes, each step. Without glibc nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_MAX, 0), (_M_ARENA_MAX, 1)):
+            libc.mallopt(option, value)

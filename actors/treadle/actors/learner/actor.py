@@ -25,6 +25,7 @@ from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import BroadcastError, DeadlineError
 from treadle.platform.memory import kernel_kills
 from treadle.platform.packed import unpacked
+from treadle.platform.processes import keep_freed_memory
 from treadle.platform.records import Group, Json, Offered, Ref, Share, TrainSample, WeightManifest
 from treadle.platform.rollcall import enlist
 from treadle.platform.stacks import places, stacks
@@ -68,6 +69,7 @@ class LearnerRankActor:
 
     def __init__(self, rank: int, ranks: int, step_deadline_s: float) -> None:
         enlist(f"learner-{rank}")
+        keep_freed_memory()
         self._rank = rank
         self._ranks = ranks
         self._deadline_s = step_deadline_s
