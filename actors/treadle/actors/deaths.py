@@ -14,7 +14,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from treadle.platform.memory import PHRASE
+from treadle.platform.memory import NODE_RAN_OUT
 
 GONE = (
     RayActorError,
@@ -36,7 +36,7 @@ def why(error: RayError) -> str:
     pid, exited = _PID.search(text), _EXIT.search(text)
     kind = exited[1] if exited else ""
     if kind == "NODE_OUT_OF_MEMORY" or isinstance(error, OutOfMemoryError):
-        return f"its node {PHRASE}, and Ray ended its process"
+        return f"{NODE_RAN_OUT}, and Ray ended its process"
     if any(words in text for words in _OF_THE_NODE):
         return "its node died"
     if isinstance(error, ActorUnschedulableError):

@@ -23,10 +23,10 @@ from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindError
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
-from treadle.actors.rollout.supervision import Budget, Member, heard, kernel_struck, verdict
+from treadle.actors.rollout.supervision import Budget, Member, grown, heard, kernel_struck, verdict
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DeadlineError, PoisonedError, RoleError, RolloutError, TreadleError
-from treadle.platform.memory import PHRASE, REMEDIES, STRUCK
+from treadle.platform.memory import NODE_RAN_OUT, PHRASE, REMEDIES, STRUCK
 from treadle.platform.records import Drawn, Issue, WeightVersion
 
 _log = logging.getLogger(__name__)
@@ -235,6 +235,8 @@ class RolloutPool:
             return
         fresh = self._add(member.name)
         self._spawn(self._bring_back(fresh, cause.message, member.status))
+        if NODE_RAN_OUT in cause.message and (found := grown(member, self._members.values())):
+            self._replace(*found)
 
     async def _bring_back(self, member: Member, cause: str, before: WorkerStatus | None) -> None:
         noticed_s = time.monotonic()
