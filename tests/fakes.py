@@ -115,9 +115,10 @@ class LocalWorker:
         self.worker = worker
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.frozen = False
+        self.gone: Exception | None = None
         self.drawn_ids: list[str] = []
         self.node = ""
-        self.kernel_kills = 0
+        self.kernel_kills = self.resident_bytes = 0
 
     async def load(self, model_folder: str, version: WeightVersion) -> WeightVersion:
         return await self._alive(self.worker.load(model_folder, version))
@@ -139,7 +140,14 @@ class LocalWorker:
     async def status(self) -> WorkerStatus:
         if self.frozen:
             await asyncio.sleep(3600)
-        return dataclasses.replace(self.worker.status(), node=self.node, kernel_kills=self.kernel_kills)
+        if self.gone is not None:
+            raise self.gone
+        return dataclasses.replace(
+            self.worker.status(),
+            node=self.node,
+            kernel_kills=self.kernel_kills,
+            resident_bytes=self.resident_bytes,
+        )
 
     async def where(self) -> str:
         return "it is a fake that froze"

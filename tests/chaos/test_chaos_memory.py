@@ -48,7 +48,7 @@ class Exhausted:
 def exhausted(folder: Path, once: Path, killed_by_kernel: int) -> Exhausted:
     told = [*events_of(folder, "replaced"), *events_of(folder, "recovery")]
     made = sorted(json.loads(line)["time"] for line in (folder / "metrics.jsonl").read_text().splitlines())
-    struck = [file.stat().st_mtime for file in once.iterdir()]
+    struck = [file.stat().st_mtime for file in once.glob("*=allocate@*")]
     assert len(struck) == 2, sorted(file.name for file in once.iterdir())
     return Exhausted(
         folder=folder,

@@ -15,7 +15,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from treadle.platform.memory import PHRASE
+from treadle.platform.memory import NODE_RAN_OUT
 
 GONE = (
     RayActorError,
@@ -26,7 +26,7 @@ GONE = (
 )
 """What Ray raises for a call of an actor that is gone, or never came: they have no class in common but `RayError`."""
 
-_OUT_OF_MEMORY = f"its node {PHRASE}, and Ray ended its process"
+_OUT_OF_MEMORY = f"{NODE_RAN_OUT}, and Ray ended its process"
 _PID = re.compile(r"\bpid: (\d+)")
 _EXIT = re.compile(r"Worker exit type: (\w+)")
 _OF_THE_NODE = ("node has died", "node was dead", "node is dead")

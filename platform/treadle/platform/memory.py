@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 PHRASE = "ran out of memory"
 """In every sentence about it."""
-STRUCK = f"its node {PHRASE}: the kernel ended a process there at that time"
+NODE_RAN_OUT = f"its node {PHRASE}"
+STRUCK = f"{NODE_RAN_OUT}: the kernel ended a process there at that time"
 REMEDIES = {
     "learner": "Lower learner.max_tokens_per_microbatch, set learner.activation_checkpointing=true, raise learner.zero "
     "or learner.ranks, or give the learner's nodes more memory.",
@@ -33,6 +35,15 @@ def ran_out(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def kernel_kills() -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import numpy as np
 import pytest
+from tests.actors.rollout.pool_bench import Bench, tokens_of
 from tests.actors.rollout.tiny_models import issue
-from tests.fakes import FakeEngine, LocalWorker, local_launch, weights_of
+from tests.fakes import FakeEngine, LocalWorker, weights_of
 
 from treadle.actors.replaced import Replaced
 from treadle.actors.rollout.config import RolloutConfig
@@ -20,52 +19,7 @@ from treadle.actors.rollout.pool import RolloutPool
 from treadle.actors.rollout.supervision import verdict
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DataError, DeadlineError, PoisonedError, RolloutError
-from treadle.platform.records import Drawn, Group, WeightVersion
-
-
-class Bench:
-    """A started pool over local workers with fake engines."""
-
-    def __init__(self, step_s: float = 0.0, **changes: Any) -> None:
-        plain = {"workers": 2, "slots": 16, "max_context_tokens": 64, "heartbeat_s": 0.05}
-        self.config = RolloutConfig(
-            **(plain | {"silence_deadline_s": 0.5, "draw_deadline_s": 10.0} | changes)
-        )
-        self.config.check()
-        self.workers: list[LocalWorker] = []
-        self.engines: list[FakeEngine] = []
-        self.step_s = step_s
-        self.fail_at_step = -1
-        self.poison = ""
-        self.starting_s = 0.0
-
-    def build(self, config: RolloutConfig, _: str, version: WeightVersion) -> FakeEngine:
-        time.sleep(self.starting_s)
-        self.engines.append(FakeEngine(config, version, self.step_s))
-        self.engines[-1].fail_at_step = self.fail_at_step
-        self.engines[-1].poison = self.poison
-        return self.engines[-1]
-
-    def run(self, use: Callable[[RolloutPool], Awaitable[None]]) -> None:
-        async def go() -> None:
-            pool = RolloutPool(self.config, local_launch(self.config, self.build, self.workers))
-            await pool.start("folder")
-            try:
-                await asyncio.wait_for(use(pool), 25)
-            finally:
-                pool.close()
-
-        asyncio.run(go())
-
-    async def until_drawing(self) -> None:
-        while not any(engine.steps for engine in self.engines):
-            await asyncio.sleep(0.002)
-
-
-async def tokens_of(group: Awaitable[object]) -> list[list[int]]:
-    record = await group
-    assert isinstance(record, Group)
-    return [sample.token_ids.tolist() for sample in record.samples]
+from treadle.platform.records import Drawn, WeightVersion
 
 
 def test_draws_spread_over_the_least_loaded_workers() -> None:
@@ -260,43 +214,6 @@ def test_a_worker_that_is_being_started_is_none_of_those_that_hold_a_model() -> 
     bench.run(use)
 
 
-def test_an_engine_without_memory_is_told_with_what_helps() -> None:
-    bench = Bench(workers=1, max_restarts=0)
-    bench.fail_at_step = 2
-
-    async def use(pool: RolloutPool) -> None:
-        with pytest.raises(RolloutError, match="it ran out of memory, MemoryError") as failed:
-            await pool.draw(issue("a", max_new_tokens=40))
-        assert "Lower rollout.slots" in failed.value.remedy
-
-    bench.run(use)
-
-
-def test_a_worker_that_the_kernel_ended_is_told_so_by_its_successor_and_in_the_budget() -> None:
-    bench = Bench(step_s=0.005, workers=1, max_restarts=1)
-    bench.starting_s = 0.1
-    told: list[Replaced] = []
-
-    async def use(pool: RolloutPool) -> None:
-        pool.told = told.append
-        while "rollout-0" not in pool.statuses:
-            await asyncio.sleep(0.01)
-        bench.workers[0].kill()
-        first = asyncio.create_task(pool.draw(issue("a", max_new_tokens=40)))
-        while len(bench.workers) < 2:
-            await asyncio.sleep(0.01)
-        bench.workers[1].kernel_kills = 1
-        await first
-        bench.workers[1].kill()
-        with pytest.raises(
-            RolloutError, match=r"the kernel ended a process there at that time\. Lower rollout"
-        ):
-            await pool.draw(issue("a", max_new_tokens=40))
-
-    bench.run(use)
-    assert "its node ran out of memory: the kernel ended a process there" in told[0].cause
-
-
 def test_a_worker_left_behind_gets_no_draws_that_need_newer_weights() -> None:
     bench = Bench()
 
@@ -371,7 +288,6 @@ def test_a_worker_that_never_starts_is_a_deadline_error() -> None:
     build = bench.build
 
     def slow(config: RolloutConfig, folder: str, version: WeightVersion) -> FakeEngine:
-        import time
 
         time.sleep(1.0)
         return build(config, folder, version)

@@ -20,7 +20,7 @@ from treadle.actors.rollout.handles import Launch, WorkerDiedError
 from treadle.actors.rollout.worker import RolloutWorker, WorkerStatus
 from treadle.actors.stacks import where
 from treadle.platform.errors import TreadleError
-from treadle.platform.memory import kernel_kills, remedy
+from treadle.platform.memory import kernel_kills, remedy, resident_bytes
 from treadle.platform.packed import Packed
 from treadle.platform.records import Drawn, Issue, Ref, Staged, WeightManifest, WeightVersion
 from treadle.platform.rollcall import enlist
@@ -81,7 +81,12 @@ class RolloutActor:
         return await self._worker.logprobs(sequences)
 
     async def status(self) -> WorkerStatus:
-        return dataclasses.replace(self._worker.status(), node=self._node, kernel_kills=kernel_kills())
+        return dataclasses.replace(
+            self._worker.status(),
+            node=self._node,
+            kernel_kills=kernel_kills(),
+            resident_bytes=resident_bytes(),
+        )
 
     @ray.method(concurrency_group="health")
     async def stacks(self) -> str:

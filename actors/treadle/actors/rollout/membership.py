@@ -19,10 +19,18 @@ from typing import Any, TypeAlias
 from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
-from treadle.actors.rollout.supervision import Budget, Member, as_role_error, heard, kernel_struck, verdict
+from treadle.actors.rollout.supervision import (
+    Budget,
+    Member,
+    as_role_error,
+    grown,
+    heard,
+    kernel_struck,
+    verdict,
+)
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import DeadlineError, RoleError, RolloutError, TreadleError
-from treadle.platform.memory import PHRASE, REMEDIES, STRUCK
+from treadle.platform.memory import NODE_RAN_OUT, PHRASE, REMEDIES, STRUCK
 from treadle.platform.records import WeightVersion
 
 _log = logging.getLogger(__name__)
@@ -207,6 +215,8 @@ class Membership:
             return
         fresh = self._add(member.name)
         self._spawn(self._bring_back(fresh, cause.message, member.status))
+        if NODE_RAN_OUT in cause.message and (found := grown(member, self._members.values())):
+            self._replace(*found)
 
     async def _bring_back(self, member: Member, cause: str, before: WorkerStatus | None) -> None:
         noticed_s = time.monotonic()

@@ -12,9 +12,11 @@ from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import WorkerDiedError, WorkerHandle
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.platform.errors import RoleError, RolloutError
-from treadle.platform.memory import remedy
+from treadle.platform.memory import NODE_RAN_OUT, REMEDIES, remedy
 
 T = TypeVar("T")
+_GROWN = 2
+"""Workers of a pool do the same, and hold about the same."""
 _LAST_S = 3.0
 """As long as `where` may take."""
 
@@ -133,6 +135,26 @@ def verdict(status: WorkerStatus, config: RolloutConfig) -> RoleError | None:
 def kernel_struck(before: WorkerStatus | None, after: WorkerStatus) -> bool:
     """Whether the kernel has ended a process for want of memory on the node of a worker and its successor."""
     return before is not None and before.node == after.node and after.kernel_kills > before.kernel_kills
+
+
+def grown(ended: Member, neighbours: Collection[Member]) -> tuple[Member, RoleError] | None:
+    """The neighbour that holds far more memory than a worker did whose node ran out of it, and why it must be replaced:
+    Ray ends what was started last, which need not be what has grown."""
+    if ended.status is None or not _resident(ended):
+        return None
+    there = [m for m in neighbours if m.ready and m.status is not None and m.status.node == ended.status.node]
+    heaviest = max(there, key=_resident, default=None)
+    if heaviest is None or _resident(heaviest) <= _GROWN * _resident(ended):
+        return None
+    return heaviest, RolloutError(
+        f"rollout/memory: worker {heaviest.name} holds {_resident(heaviest) / 2**30:.1f} GiB, far more than worker "
+        f"{ended.name} did, which was ended because {NODE_RAN_OUT}.",
+        REMEDIES["rollout"],
+    )
+
+
+def _resident(member: Member) -> int:
+    return member.status.resident_bytes if member.status is not None else 0
 
 
 async def heard(member: Member, config: RolloutConfig) -> WorkerStatus:

@@ -45,6 +45,7 @@ class WorkerStatus:
     """For how long it has been fetching weights."""
     kernel_kills: int = 0
     """See `memory.kernel_kills`: of its node."""
+    resident_bytes: int = 0
 
 
 class RolloutWorker:
