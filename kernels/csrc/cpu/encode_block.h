@@ -1,6 +1,6 @@
 // Encodes one block; included by loops.cpp inside its namespace.
 
-constexpr int64_t MANY = SEGMENT / 64;
+constexpr int64_t MANY = SEGMENT / 64;  // changes in a segment from which whole vectors are faster than single bits
 constexpr int64_t RICE_BITS_FIXED = 2 * RICE_LIMIT + DISTANCE_BITS + 1;  // of a change, besides its magnitude
 
 // A block whose changes are being counted. S: steps.
