@@ -40,10 +40,12 @@ CXX_FLAGS = (
     "-ffp-contract=off",  # a fused multiply-add on one side only would break equality with the GPU
 )
 AVX2 = ("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
+AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512")
 ISA_FLAGS = {
     "scalar": (),
     "avx2": AVX2,
-    "avx512": (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"),
+    "avx512": AVX512,
+    "vbmi2": (*AVX512, "-mavx512vbmi2"),  # Ice Lake, Zen 4 and what came after them
 }
 NVCC_FLAGS = (
     *("-std=c++17", "-O3", "-fmad=false"),

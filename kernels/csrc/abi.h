@@ -64,7 +64,8 @@ enum TreadleForm {
 // The interface these declarations describe, and a hash of what the library was built from.
 TREADLE_API int treadle_abi(void);
 TREADLE_API const char* treadle_build(void);
-// 0 where this library can compute here. `isa` for the CPU: 0 the best, 1 scalar, 2 AVX2, 3 AVX-512.
+// 0 where this library can compute here. `isa` for the CPU: 0 the best, 1 scalar, 2 AVX2, 3 AVX-512,
+// 4 AVX-512 with VBMI2.
 TREADLE_API int treadle_ready(int isa);
 
 // lanes[2] += both lanes of the digest of `n` elements from flat index `flat_offset` on.

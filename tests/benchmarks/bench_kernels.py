@@ -4,8 +4,8 @@
 
 Sizes are those of Adam-like updates of normal weights, against the dense bf16 tensor and against the entropy of
 independent changes. Times are of both sides in turns in one process, on as many threads as torch uses; the rival of
-the encoder is what the field does: `torch.ne`, `nonzero`, a gather, indices as int32. The rival of one application
-to many small tensors is a dense copy of each.
+the encoder, at four densities, is what the field does: `torch.ne`, `nonzero`, a gather, indices as int32. The rival
+of one application to many small tensors is a dense copy of each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.benchmarks.bench_rows import Row, append_rows, compared, table
 from tests.benchmarks.throttled import Link
 from tests.kernels.test_delta import adam_like, entropy_bound_bytes
 
-from treadle.kernels.cast_diff import CastDiff
+from treadle.kernels.cast_diff import CastDiff, packed_bits
 from treadle.kernels.delta import Delta, apply_delta_, check_delta, encode_delta
 from treadle.kernels.digest import Partial, partial_digest, partial_digest_eager
 from treadle.kernels.layout import Layout
@@ -31,6 +31,7 @@ from treadle.kernels.streamed_mm import streamed_mm
 
 DENSITIES = (0.017, 0.04, 0.11, 0.24)
 NOTHING = {"base": Partial(0, 0), "digest": Partial(0, 0)}
+UNIT = "ms (ratio below 1: faster)"
 COMMAND = "python -m tests.benchmarks.bench_kernels"
 EXPERTS = 6144
 
@@ -85,19 +86,48 @@ def gathered(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.
     return index.to(torch.int32), new[index]
 
 
+def encoding(numel: int, density: float, rounds: int) -> list[Row]:
+    """The encoder from each of its sources. What `ne` and `nonzero` take without the gather is told beside it."""
+    old, new = adam_like(numel, density)
+    layout = Layout.of([("w", old)])
+    dirty = [packed_bits(old.view(torch.int16) != new.view(torch.int16))]
+    ways: dict[str, Callable[[], object]] = {
+        "old and new to steps": lambda: encode_delta(layout, [new], before=[old], **NOTHING),
+        "old and new to values": lambda: encode_delta(layout, [new], before=[old], steps=False, **NOTHING),
+        "bitmap to values": lambda: encode_delta(layout, [new], dirty=dirty, **NOTHING),
+    }
+    rows = []
+    for way, ours in ways.items():
+        mine, located = turns(ours, lambda: (old != new).nonzero(), rounds)
+        again, theirs = turns(ours, lambda: gathered(old, new), rounds)
+        mine = min(mine, again)
+        rows.append(
+            compared(
+                f"encode, {way}, {100 * density:.1f} % changed, against ne + nonzero + gather",
+                *(mine, theirs, UNIT),
+                command=COMMAND,
+                detail=f"{theirs / mine:.1f} times as fast, {located / mine:.1f} times without the gather; "
+                f"{numel:,} bf16 elements, {threads()}",
+            )
+        )
+    return rows
+
+
+def threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread" + "s" * (count > 1)
+
+
 def speeds(numel: int, rounds: int) -> list[Row]:
     old, new = adam_like(numel, 0.017)
     layout = Layout.of([("w", old)])
     master, parameter = new.float(), old.clone()
     cast = CastDiff(layout, [master], [parameter])
     cast.step()
-    unit, detail = (
-        "ms (ratio below 1: faster)",
-        f"{numel:,} bf16 elements, 1.7 % changed, {torch.get_num_threads()} threads",
-    )
+    detail = f"{numel:,} bf16 elements, 1.7 % changed, {threads()}"
 
     def row(name: str, ours: Callable[[], object], theirs: Callable[[], object]) -> Row:
-        return compared(name, *turns(ours, theirs, rounds), unit, command=COMMAND, detail=detail)
+        return compared(name, *turns(ours, theirs, rounds), UNIT, command=COMMAND, detail=detail)
 
     def step() -> None:
         parameter.copy_(old)
@@ -110,21 +140,6 @@ def speeds(numel: int, rounds: int) -> list[Row]:
         gathered(before, parameter)
 
     return [
-        row(
-            "encode, old and new to steps, against ne + nonzero + gather",
-            lambda: encode_delta(layout, [new], before=[old], **NOTHING),
-            lambda: gathered(old, new),
-        ),
-        row(
-            "encode, old and new to values, against ne + nonzero + gather",
-            lambda: encode_delta(layout, [new], before=[old], steps=False, **NOTHING),
-            lambda: gathered(old, new),
-        ),
-        row(
-            "encode, bitmap to values, against ne + nonzero + gather",
-            lambda: encode_delta(layout, [new], dirty=cast.dirty, **NOTHING),
-            lambda: gathered(old, new),
-        ),
         row("cast_diff_ against clone + copy_ + ne + nonzero + gather", step, copy_and_compare),
         row(
             "digest against its twin",
@@ -160,7 +175,7 @@ def applying(rounds: int) -> Row:
     return compared(
         f"check and apply {EXPERTS:,} transposed tensors in one call against a copy each",
         *turns(apply, copy_each, rounds),
-        "ms (ratio below 1: faster)",
+        UNIT,
         command=COMMAND,
         detail=f"{old.numel():,} bf16 elements, 1.7 % changed, digest verified before the write",
     )
@@ -224,19 +239,18 @@ def overlapping(side: int, rounds: int) -> list[Row]:
     hidden, control = ((compute + copies - both) / min(compute, copies) for both in (together, in_turns))
     detail = (
         f"{side} × {side} fp32; product alone {compute:.1f} ms, torch's {torchs:.1f} ms, the link {copies:.1f} ms; "
-        f"overlap {hidden:.2f}, in turns it reads {control:.2f}; {torch.get_num_threads()} threads"
+        f"overlap {hidden:.2f}, in turns it reads {control:.2f}; {threads()}"
     )
-    unit = "ms (ratio below 1: faster)"
     return [
         compared(
             "streamed_mm against its rows' copy and then itself",
-            *(together, in_turns, unit),
+            *(together, in_turns, UNIT),
             command=COMMAND,
             detail=detail,
         ),
         compared(
             "streamed_mm against its rows' copy and then torch.mm",
-            *(together, rival, unit),
+            *(together, rival, UNIT),
             command=COMMAND,
             detail=detail,
         ),
@@ -250,10 +264,11 @@ def main() -> None:
     given = parser.parse_args()
     numel, rounds = (4_000_000, 3) if given.quick else (32_000_000, 9)
     rows = [*sizes(numel // 4), *speeds(numel, rounds), applying(rounds)]
+    rows += [row for density in DENSITIES for row in encoding(numel, density, rounds)]
     rows += overlapping(256 if given.quick else 1024, rounds)
     append_rows(given.out, rows)
     print(table([asdict(row) for row in rows]))
-    for row in rows[-2:]:
+    for row in rows[8:]:
         print(f"{row.name}: {row.detail}")
 
 

@@ -15,7 +15,7 @@ from treadle.kernels import native
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
-ISAS = {"scalar": 1, "avx2": 2, "avx512": 3}
+ISAS = {"scalar": 1, "avx2": 2, "avx512": 3, "vbmi2": 4}
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "cuda on cpu"])
+@pytest.fixture(params=[*ISAS, "cuda on cpu"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[native.Library]:
     """Every compiled way to compute for CPU tensors, put in the place of the one that would be chosen."""
     path: Path = request.getfixturevalue("cpu_library")

@@ -170,6 +170,20 @@ def test_threads_do_not_change_a_delta(cpu_library: object, threads: int) -> Non
     assert all(same_bits(a, b) for a, b in zip(applied(delta, old), new, strict=True))
 
 
+def test_a_payload_need_not_hold_the_dense_weights_and_one_too_small_is_told(
+    backend: native.Library, threads: int
+) -> None:
+    layout, old, new = update(torch.bfloat16, 0.02, 37, 2)
+    delta = encoded(layout, old, new, mode="steps")
+    for missing in (0, 1):
+        blocks, total = torch.zeros_like(delta.blocks), torch.zeros(2, dtype=torch.int64)
+        payload = torch.full((delta.payload.numel() - missing,), 0xA5, dtype=torch.uint8)
+        torch.ops.treadle.delta_encode(layout.table, new, old, [], True, blocks, payload, total)
+        assert total.tolist() == [delta.payload.numel(), delta.elements]
+        assert torch.equal(blocks, delta.blocks)
+        assert missing or torch.equal(payload, delta.payload)
+
+
 def test_a_bitmap_that_marks_too_much_is_harmless(backend: native.Library) -> None:
     old = random_bits(100_001, torch.bfloat16, 3)
     new = changed(old, torch.arange(100_001) % 97 == 0, 4)

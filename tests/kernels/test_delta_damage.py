@@ -253,13 +253,9 @@ def test_sanitizers_find_nothing_in_encoders_and_decoders(build: dict[str, Any],
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
     script = textwrap.dedent(f"""
-        import pathlib, sys
-        import numpy as np, torch
-        from treadle.kernels import native
-        library = native.Library(pathlib.Path({str(library)!r}))
-        native.library = lambda device: library
+        import pathlib
         from tests.kernels import sanitized
-        sanitized.main()
+        sanitized.main(pathlib.Path({str(library)!r}))
     """)
     environment = {
         **os.environ,

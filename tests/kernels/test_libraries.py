@@ -50,7 +50,7 @@ EXPORTED = {
     "treadle_unpack",
 }
 CPU_ONLY = {"treadle_decode_attention", "treadle_rms_norm", "treadle_silu_gate"}
-CPU_BYTES, CUDA_BYTES = 320_000, 1_500_000
+CPU_BYTES, CUDA_BYTES = 520_000, 1_500_000  # the CPU's loops are there four times
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +276,9 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", sorted(_arguments()))
 def test_operators_keep_torchs_rules(cpu_library: Path, name: str) -> None:
-    """Schemas tell the truth about what is written, fakes agree with the real thing."""
+    """Schemas tell the truth about what is written, fakes agree with the real thing, also under `torch.compile`."""
     operator: Callable[..., Any] = getattr(torch.ops.treadle, name).default
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operator, _arguments()[name], test_utils=tests)
+    torch.library.opcheck(operator, _arguments()[name])
 
 
 def test_every_operator_is_checked() -> None:

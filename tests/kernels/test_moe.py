@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.weights import generator, same_bits
+from tests.kernels.weights import generator, misaligned, random_bits, same_bits
 from torch import Tensor
 
 from treadle.kernels import native
@@ -70,6 +70,23 @@ def test_the_way_back_adds_in_order_as_the_twin_does(backend: native.Library, dt
         assert same_bits(out, combine_eager(rows, routing.row_of, given))
     masked = (routing.row_of < 0).all(-1)
     assert not moe_unpermute(rows, routing, weights)[masked].any()
+
+
+@pytest.mark.parametrize("dtype", list(KINDS), ids=str)
+@pytest.mark.parametrize("width", [1, 31, 37])
+def test_any_bits_in_rows_of_odd_width_at_odd_addresses_travel_as_they_are(
+    backend: native.Library, dtype: torch.dtype, width: int
+) -> None:
+    """NaNs, infinities and subnormal numbers."""
+    hidden = misaligned(random_bits(T * width, dtype, 11), 1).view(T, width)
+    routing = route(choices(12), experts=E, align=3)
+    expected, starts = plainly(choices(12), hidden, 3)
+    assert same_bits(moe_permute(hidden, routing)[: starts[-1]], expected)
+    rows = misaligned(random_bits(routing.rows * width, dtype, 13), 3).view(routing.rows, width)
+    out = misaligned(torch.zeros(T * width, dtype=dtype), 1).view(T, width)
+    weights = torch.rand(T, K, generator=generator(14))
+    torch.ops.treadle.combine_rows_(rows, routing.row_of, weights, out)
+    assert same_bits(out, combine_eager(rows, routing.row_of, weights))
 
 
 def test_an_expert_with_a_row_too_few_is_not_signalled(backend: native.Library) -> None:

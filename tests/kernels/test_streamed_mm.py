@@ -6,10 +6,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from tests.kernels.weights import generator, same_bits
+from tests.kernels.conftest import ISAS
+from tests.kernels.weights import generator, misaligned, random_bits, same_bits
 from torch import Tensor
 
 from treadle.kernels import native
@@ -98,6 +100,28 @@ def test_odd_sizes_infinities_and_nans_are_the_definitions(
     a[0, 0], b[-1, -1] = torch.inf, -torch.nan
     found = streamed_mm(a, b, all_ready(a, 5), epoch=1, chunk_rows=5, deadline_s=WAIT_S)
     assert same_bits(found, in_order_of_k(a, b))
+
+
+@pytest.mark.parametrize("dtype", list(KINDS), ids=str)
+@pytest.mark.parametrize("wild", ["any bits", "subnormal numbers"])
+def test_any_bits_at_odd_addresses_give_what_the_definition_gives(
+    cpu_library: Path, dtype: torch.dtype, wild: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, n, k = 19, 35, 23
+    a, b = (misaligned(random_bits(size, dtype, size), 1) for size in (m * k, k * n))
+    if wild != "any bits":
+        tiny = torch.finfo(dtype).tiny / 3
+        a, b = ((torch.rand(len(t), generator=generator(3)) * tiny).to(dtype) for t in (a, b))
+        a, b[::2] = misaligned(a, 1), 1
+        assert bool(((a != 0) & (a.abs() < torch.finfo(dtype).tiny)).any())
+    a, b = a.view(m, k), b.view(k, n)
+    for isa in ISAS.values():
+        with contextlib.suppress(native.KernelError):  # what this processor does not have
+            library = native.Library(cpu_library, isa)
+            monkeypatch.setattr(native, "library", lambda device, found=library: found)
+        found = streamed_mm(a, b, all_ready(a, 5), epoch=1, chunk_rows=5, deadline_s=WAIT_S)
+        assert same_bits(found, in_order_of_k(a, b))
+    native.Library(cpu_library)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -1,41 +1,32 @@
 // The encoder of one block. Included by loops.cpp, and so compiled for every instruction set.
 #pragma once
-#include <stdlib.h>
-
 #include "../codec.h"
 
 namespace treadle {
 
-constexpr int64_t WORST_BYTES = 4 * BLOCK;  // dense, of the widest type
-constexpr int64_t SLACK_BYTES = 16;         // a stream's last eight bytes are written at once
-constexpr int64_t LONGEST_RICE = 2 + 2 * SEGMENTS + BLOCK * 78 / 8 + SEGMENTS;  // 29 + 49 bits per change
+constexpr int64_t WORST_BYTES = 10 * BLOCK;  // Rice streams with 78 bits per change, and their sizes
+constexpr int64_t SLACK_BYTES = 64;         // what is written beyond the end: whole vectors
+constexpr int64_t SLACK = 64;               // the same of lists, in elements
 
-// A thread's output and the working memory of one block.
+// The working memory of one block: its changes as lists, in order. Lists of elements are of the block's type.
 struct Encoder {
-    uint8_t* bytes;
-    int64_t size, capacity, changed;
-
-    uint32_t bitmap[WORDS];
-    uint16_t positions[BLOCK + 64];
-    uint16_t distances[BLOCK];
-    int32_t steps[BLOCK];
-
-    bool reserve() {
-        int64_t needed = size + WORST_BYTES + LONGEST_RICE + SLACK_BYTES;
-        if (needed <= capacity) return true;
-        int64_t grown = 2 * capacity > needed ? 2 * capacity : needed;
-        void* moved = realloc(bytes, (size_t)grown);
-        if (!moved) return false;
-        bytes = (uint8_t*)moved;
-        capacity = grown;
-        return true;
-    }
+    int64_t changed;         // elements in all blocks so far
+    int64_t found;           // changes in the last segment
+    int64_t ends[SEGMENTS];  // changes up to the end of each segment
+    alignas(64) uint32_t bitmap[WORDS];
+    alignas(64) uint16_t positions[BLOCK + SLACK];
+    alignas(64) uint16_t distances[BLOCK + SLACK];  // to the predecessor or the start of the segment, less one
+    alignas(64) uint8_t values[4 * (BLOCK + SLACK)];
+    alignas(64) uint8_t steps[4 * (BLOCK + SLACK)];
+    alignas(64) uint8_t magnitudes[4 * (BLOCK + SLACK)];  // of the steps
+    alignas(64) uint8_t spare[WORST_BYTES + SLACK_BYTES];
 };
 
 // One block as the encoder sees it.
 struct Source {
     const char* now;
-    const char* before;  // null in dirty mode
+    const char* before;     // null in dirty mode
+    const uint32_t* dirty;  // null in pair mode
     int64_t n;
     int width;
 };

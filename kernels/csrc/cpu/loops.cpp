@@ -1,4 +1,4 @@
-// Compiled three times, with TREADLE_LOOPS naming the table and the flags naming the instruction set. All but the
+// Compiled four times, with TREADLE_LOOPS naming the table and the flags naming the instruction set. All but the
 // bit masks is left to the compiler's vectoriser.
 #include "loops.h"
 
@@ -201,6 +201,8 @@ void reduce(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, in
     if (kind == 2) reduce_of<uint16_t, 2>(inputs, count, begin, end, out);
 }
 
+#include "list_changes.h"
+#include "put_rice.h"
 #include "encode_block.h"
 #include "multiply.h"
 #include "decode.h"

@@ -1,4 +1,4 @@
-// The loops whose speed depends on the instruction set. loops.cpp is compiled three times; `loops()` gives the best
+// The loops whose speed depends on the instruction set. loops.cpp is compiled four times; `loops()` gives the best
 // set this processor has.
 #pragma once
 #include <stdint.h>
@@ -41,16 +41,17 @@ struct Loops {
     // k × PANEL numbers each, zero beyond cols. `scratch` holds ROWS_AT_ONCE · k floats.
     void (*multiply)(const void* a, int64_t rows, int64_t k, int kind, const float* panels, int64_t cols, void* out,
                      int64_t n, float* scratch);
-    // Appends a block to the encoder's bytes and returns its entry in the table. In dirty mode the block's bitmap
-    // lies in the encoder.
-    uint32_t (*encode_block)(Encoder& e, const Source& s, bool steps);
+    // Writes a block, with up to SLACK_BYTES in vain beyond it but nothing beyond `room`, and returns its entry in the
+    // table. `next` is the block that comes after it.
+    uint32_t (*encode_block)(Encoder& e, const Source& s, const Source& next, bool steps, uint8_t* out,
+                             int64_t room);
     // The three of decode.cpp, without their threads.
     void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* out);
     void (*silu_gate)(const float* gate_up, int64_t rows, int64_t size, float* out);
     void (*attend)(const DecodeAttention& a, int64_t row, float* scratch);
 };
 
-extern const Loops loops_scalar, loops_avx2, loops_avx512;
+extern const Loops loops_scalar, loops_avx2, loops_avx512, loops_vbmi2;
 const Loops& loops();
 
 }  // namespace treadle

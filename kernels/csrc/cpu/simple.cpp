@@ -17,10 +17,12 @@ const Loops* pick(int isa) {
                 __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("popcnt");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+    bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
     if (isa == 1) return &loops_scalar;
     if (isa == 2) return avx2 ? &loops_avx2 : nullptr;
     if (isa == 3) return avx512 ? &loops_avx512 : nullptr;
-    return avx512 ? &loops_avx512 : avx2 ? &loops_avx2 : &loops_scalar;
+    if (isa == 4) return vbmi2 ? &loops_vbmi2 : nullptr;
+    return vbmi2 ? &loops_vbmi2 : avx512 ? &loops_avx512 : avx2 ? &loops_avx2 : &loops_scalar;
 }
 
 void add(uint64_t* lanes, const uint64_t* part) {
@@ -39,7 +41,7 @@ const Loops& loops() { return *(chosen ? chosen : pick(0)); }
 using namespace treadle;
 
 int treadle_ready(int isa) {
-    const Loops* found = isa >= 0 && isa <= 3 ? pick(isa) : nullptr;
+    const Loops* found = isa >= 0 && isa <= 4 ? pick(isa) : nullptr;
     if (!found) return TREADLE_NO_DEVICE;
     chosen = found;
     return TREADLE_OK;

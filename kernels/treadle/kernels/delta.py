@@ -145,11 +145,11 @@ def encode_delta(
             )
     device = current[0].device if current else torch.device("cpu")
     blocks = torch.zeros(layout.blocks, dtype=torch.int32, device=device)
-    payload, size, elements = _encoded(layout, current, before, dirty, steps, blocks, device)
+    payload, elements = _encoded(layout, current, before, dirty, steps, blocks, device)
     return Delta(
         layout=layout,
         blocks=blocks,
-        payload=payload[:size].clone(),
+        payload=payload,
         elements=elements,
         base=base,
         digest=digest,
@@ -164,22 +164,26 @@ def _encoded(
     steps: bool,
     blocks: Tensor,
     device: torch.device,
-) -> tuple[Tensor, int, int]:
-    """Payload, bytes, elements. Memory that is not touched costs nothing on a CPU; a GPU is given a part of the
-    dense size first, and what it needs if that was too little."""
-    capacity = layout.dense_bytes if device.type == "cpu" else layout.dense_bytes // _FIRST_GUESS
+) -> tuple[Tensor, int]:
+    """Payload, elements. A GPU is given a part of the dense size first, and what it needs if that was too little."""
     if not current:
-        return torch.empty(0, dtype=torch.uint8), 0, 0
+        return torch.empty(0, dtype=torch.uint8), 0
+    given = (layout.table_on(device), list(current), list(before), list(dirty), steps, blocks)
+    total = torch.zeros(2, dtype=torch.int64, device=device)
+    if device.type == "cpu":
+        # Memory that is not touched costs nothing, and what is too much is given back without a copy.
+        room = np.empty(layout.dense_bytes, np.uint8)
+        torch.ops.treadle.delta_encode(*given, torch.from_numpy(room), total)
+        size, elements = total.tolist()
+        room.resize(size, refcheck=False)
+        return torch.from_numpy(room), elements
+    capacity = layout.dense_bytes // _FIRST_GUESS
     while True:
         payload = torch.empty(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
-        total = torch.zeros(2, dtype=torch.int64, device=device)
-        table = layout.table_on(device)
-        torch.ops.treadle.delta_encode(
-            table, list(current), list(before), list(dirty), steps, blocks, payload, total
-        )
+        torch.ops.treadle.delta_encode(*given, payload, total)
         size, elements = total.tolist()
         if size <= capacity:
-            return payload, size, elements
+            return payload[:size].clone(), elements
         capacity = size
 
 

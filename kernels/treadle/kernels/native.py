@@ -43,7 +43,7 @@ class Library:
 
     def __init__(self, path: Path, isa: int = 0) -> None:
         """Raises `KernelError` when the file does not load, has another interface, or cannot compute here. `isa`
-        chooses among what the CPU library was compiled for: 0 the best, 1 scalar, 2 AVX2, 3 AVX-512."""
+        chooses among what the CPU library was compiled for: 0 the best, 1 scalar, 2 AVX2, 3 AVX-512, 4 with VBMI2."""
         try:
             self._functions = ctypes.CDLL(str(path))
         except OSError as error:
