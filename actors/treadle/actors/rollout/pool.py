@@ -245,7 +245,7 @@ class RolloutPool:
             while loaded is not self._model:  # it may be switched meanwhile
                 loaded = self._model
                 await self._load_current(member)
-                cause = await self._explained(member, cause, before)
+                cause = self._explained(member, cause, before)
                 if self.catch_up is not None:
                     limit_s = 2 * self._config.stage_deadline_s
                     await asyncio.wait_for(self.catch_up(member.name, member.handle), limit_s)
@@ -258,16 +258,16 @@ class RolloutPool:
         self.told(Replaced(role="rollout", name=member.name, cause=cause, seconds=seconds))
         await self._watch(member)
 
-    async def _explained(self, member: Member, cause: str, before: WorkerStatus | None) -> str:
+    def _explained(self, member: Member, cause: str, before: WorkerStatus | None) -> str:
         """The cause of a predecessor's end, and whether the kernel may have struck: only its node knows."""
-        now = await self._bounded(member, member.handle.status(), "start")
-        if PHRASE in cause or not kernel_struck(before, now):
+        if PHRASE in cause or not kernel_struck(before, member.status):
             return cause
         self._budget.explain(member, f"{STRUCK}. {REMEDIES['rollout']}")
         return f"{cause}; {STRUCK}"
 
     async def _load_current(self, member: Member) -> None:
         await self._bounded(member, member.handle.load(*self._model), "start")
+        member.status = await self._bounded(member, member.handle.status(), "start")
         member.loaded = True
 
     async def _reload(self, member: Member) -> None:
