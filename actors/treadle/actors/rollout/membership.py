@@ -223,7 +223,7 @@ class Membership:
         try:
             while not await self._prepared_in_place(member, cause):
                 pass
-            cause = await self._explained(member, cause, before)
+            cause = self._explained(member, cause, before)
         except (TreadleError, TimeoutError) as error:
             self._replace(member, as_role_error(member, "start", error))
             return
@@ -232,10 +232,9 @@ class Membership:
         self.told(Replaced(role="rollout", name=member.name, cause=cause, seconds=seconds))
         await self._watch(member)
 
-    async def _explained(self, member: Member, cause: str, before: WorkerStatus | None) -> str:
+    def _explained(self, member: Member, cause: str, before: WorkerStatus | None) -> str:
         """The cause of a predecessor's end, and whether the kernel may have struck: only its node knows."""
-        now = await self._bounded(member, member.handle.status(), "start")
-        if PHRASE in cause or not kernel_struck(before, now):
+        if PHRASE in cause or not kernel_struck(before, member.status):
             return cause
         self._budget.explain(member, f"{STRUCK}. {REMEDIES['rollout']}")
         return f"{cause}; {STRUCK}"
@@ -287,6 +286,7 @@ class Membership:
 
     async def _load_current(self, member: Member) -> None:
         await self._bounded(member, member.handle.load(*self._model), "start")
+        member.status = await self._bounded(member, member.handle.status(), "start")
         member.loaded = True
 
     async def _reload(self, member: Member) -> None:

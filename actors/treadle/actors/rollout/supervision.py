@@ -132,9 +132,11 @@ def verdict(status: WorkerStatus, config: RolloutConfig) -> RoleError | None:
     return None
 
 
-def kernel_struck(before: WorkerStatus | None, after: WorkerStatus) -> bool:
+def kernel_struck(before: WorkerStatus | None, after: WorkerStatus | None) -> bool:
     """Whether the kernel has ended a process for want of memory on the node of a worker and its successor."""
-    return before is not None and before.node == after.node and after.kernel_kills > before.kernel_kills
+    if before is None or after is None or before.node != after.node:
+        return False
+    return after.kernel_kills > before.kernel_kills
 
 
 def grown(ended: Member, neighbours: Collection[Member]) -> tuple[Member, RoleError] | None:
