@@ -17,7 +17,7 @@ from treadle.workflows.gamedays.cast import Cast
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-SLOW = "learner.before_step=sleep:6@*"
+SLOW = "learner.before_step=sleep:8@*"
 """Steps that leave time to come and go."""
 
 
@@ -43,6 +43,8 @@ def test_workers_join_and_leave_and_the_run_ends_with_the_same_bits(
             until(lambda: len(events_of(folder, "scaled")) == 1)
             assert len(cast.of("rollout")) == 3
             until(lambda: len(cast.of("verifier")) == 2)
+            made = len(read_metrics(folder))
+            until(lambda: len(read_metrics(folder)) >= made + 2)  # the second one was drawn by all three
             scaled(folder, "rollout.workers=1", "verify.processes=1")
             until(lambda: len(events_of(folder, "scaled")) == 2)
             assert len(cast.of("rollout")) == 1
