@@ -14,7 +14,8 @@ from tests.clusters import clean_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 PUSH = "CoreWorkerService.grpc_client.PushTask"
-LOST = {"num_failures": 6, "req_failure_prob": 30, "resp_failure_prob": 40, "in_flight_failure_prob": 0}
+LOST = {"num_failures": 4, "req_failure_prob": 40, "resp_failure_prob": 60, "in_flight_failure_prob": 0}
+"""Requests and answers at random, four in all: one more in a row, and a call is given up."""
 PROGRAM = """
 import asyncio, json, sys, ray
 from treadle.actors.calls import call_once, once
@@ -68,7 +69,7 @@ def test_calls_over_a_line_that_loses_them_are_carried_out_once_each(
         timeout=250,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stderr.count("the actor could not be reached") >= 6
+    assert ended.stderr.count("the actor could not be reached") == 4
     answers, seen = json.loads(ended.stdout.splitlines()[-1])
     assert answers == list(range(12))
     assert seen == list(range(12))
