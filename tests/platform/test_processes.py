@@ -38,4 +38,4 @@ def faults_of_the_third_round(how: str) -> int:
 
 
 def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
-    assert faults_of_the_third_round("kept") < faults_of_the_third_round("given back") / 10
+    assert faults_of_the_third_round("kept") < faults_of_the_third_round("given back") / 2
