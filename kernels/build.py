@@ -39,7 +39,7 @@ CXX_FLAGS = (
     "-fno-math-errno",  # a square root is an instruction, not a call into libm
     "-ffp-contract=off",  # a fused multiply-add on one side only would break equality with the GPU
 )
-AVX2 = ("-mavx2", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
+AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
 AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512")
 ISA_FLAGS = {
     "scalar": (),

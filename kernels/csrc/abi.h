@@ -161,4 +161,8 @@ TREADLE_API int treadle_decode_attention(const float* qkv, const int64_t* positi
                                          const float* q_norm, const float* k_norm, const float* scale_eps, float* keys,
                                          float* values, float* out, int64_t rows, int64_t heads, int64_t kv_heads,
                                          int64_t size, int64_t capacity, uint64_t lane);
+// out[rows][cols] = x[rows][k] · w + bias[cols] + residual[rows][cols], the latter two or null. w[k][cols] lies in panels
+// of 32 columns, k × 32 numbers each, zero beyond cols. Every element is summed in the order of k.
+TREADLE_API int treadle_panel_product(const float* x, const float* panels, const float* bias, const float* residual,
+                                      float* out, int64_t rows, int64_t k, int64_t cols, uint64_t lane);
 #endif

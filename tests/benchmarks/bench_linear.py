@@ -1,8 +1,9 @@
-"""The linear layers of one decode step on one core: packed weights (`rollout/packed_linear.py`) against plain ones.
+"""The linear layers of one decode step on one core, three ways: panels (`kernels/decode.py`, for models of the Llama
+family), packed weights (`rollout/packed_linear.py`, for the others), and plain ones.
 
     python -m tests.benchmarks.bench_linear [--quick] [--out bench.json]
 
-Both sides run all linear layers of the 15M model of `step_loads`, in the model's order, so that weights come from
+All run all linear layers of the 15M model of `step_loads`, in the model's order, so that weights come from
 memory as they do when decoding. They take turns in one process.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from tests.benchmarks.step_loads import TAIL_SHAPE
 from torch import nn
 
 from treadle.actors.rollout.packed_linear import pack_linears
+from treadle.kernels.decode import Panels
 
 ROWS = (4, 8, 16, 32)
 COMMAND = "python -m tests.benchmarks.bench_linear"
@@ -41,27 +44,44 @@ def turn(layers: nn.ModuleList, inputs: dict[int, torch.Tensor], steps: int) -> 
     return 1e3 * clock.lap() / steps
 
 
+def paneled(layers: nn.ModuleList) -> nn.ModuleList:
+    """The layers, computing with panels."""
+    for layer in layers:
+        panels = Panels(layer.weight.detach())
+        layer.forward = partial(_product, panels)
+    return layers
+
+
+def _product(panels: Panels, x: torch.Tensor) -> torch.Tensor:
+    return panels.product(x.view(-1, panels.inputs), None)
+
+
 @torch.inference_mode()
-def measured(rows: int, rounds: int, steps: int) -> Row:
-    """Both sides in turns, the first turn of each left out."""
+def measured(rows: int, rounds: int, steps: int) -> list[Row]:
+    """All in turns, the first turn of each left out."""
     plain, packed = linears(), linears()
     packed.load_state_dict(plain.state_dict())
     assert pack_linears(packed, rows), "the layers are too small to be packed"
     d, inner = TAIL_SHAPE.hidden, TAIL_SHAPE.intermediate
     inputs = {size: torch.randn(rows, 1, size) for size in (d, inner)}
-    ours, theirs = [], []
+    sides = {"panels": paneled(linears()), "packed": packed, "plain": plain}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
-        ours.append(turn(packed, inputs, steps))
-        theirs.append(turn(plain, inputs, steps))
-    print(f"{rows} rows: packed {spread(ours[1:])}, plain {spread(theirs[1:])} ms")
-    return compared(
-        f"linear layers of a decode step, 15M, {rows} rows",
-        statistics.median(ours[1:]),
-        statistics.median(theirs[1:]),
-        "ms per step, one core (ratio below 1: packed is faster)",
-        command=COMMAND,
-        detail=f"medians of {rounds} turns of {steps} steps",
-    )
+        for name, layers in sides.items():
+            times[name].append(turn(layers, inputs, steps))
+    medians = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    print(f"{rows} rows: {', '.join(f'{name} {spread(taken[1:])}' for name, taken in times.items())} ms")
+    return [
+        compared(
+            f"linear layers of a decode step, 15M, {rows} rows, {name}",
+            medians[name],
+            medians["plain"],
+            "ms per step, one core (ratio below 1: faster than plain)",
+            command=COMMAND,
+            detail=f"medians of {rounds} turns of {steps} steps",
+        )
+        for name in ("panels", "packed")
+    ]
 
 
 def main() -> None:
@@ -71,7 +91,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rounds, steps = (1, 10) if given.quick else (9, 30)
-    rows = [measured(count, rounds, steps) for count in ROWS]
+    rows = [row for count in ROWS for row in measured(count, rounds, steps)]
     append_rows(given.out, rows)
     print(table([asdict(row) for row in rows]))
 

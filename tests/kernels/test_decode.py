@@ -81,6 +81,34 @@ def test_attention_equals_its_twin_and_fills_the_cache(
     assert torch.equal(values, want_values)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (3, 17, 33), (15, 96, 640), (8, 128, 31), (0, 5, 64)]
+)
+@pytest.mark.usefixtures("isa")
+def test_panel_products_equal_plain_ones_before_and_after_new_weights(
+    rows: int, inputs: int, outputs: int
+) -> None:
+    torch.manual_seed(3)
+    old, new = torch.randn(2, outputs, inputs)
+    x, bias, residual = torch.randn(rows, inputs), torch.randn(outputs), torch.randn(rows, outputs)
+    panels = decode.Panels(old)
+    close = {"atol": 1e-5 * inputs**0.5, "rtol": 1e-5}
+    torch.testing.assert_close(panels.product(x, None), x @ old.t(), **close)
+    panels.take(new)
+    torch.testing.assert_close(panels.product(x, bias), x @ new.t() + bias, **close)
+    torch.testing.assert_close(panels.product(x, bias, residual), x @ new.t() + bias + residual, **close)
+
+
+def test_a_row_of_a_panel_product_has_the_same_bits_in_any_company() -> None:
+    torch.manual_seed(4)
+    panels, x = decode.Panels(torch.randn(70, 96)), torch.randn(23, 96)
+    together = panels.product(x, None)
+    for rows in (1, 2, 3, 5, 8, 12):
+        for start in range(0, 23 - rows, rows):
+            part = x[start : start + rows].contiguous()
+            assert torch.equal(panels.product(part, None), together[start : start + rows])
+
+
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(
     cpu_library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

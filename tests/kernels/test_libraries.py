@@ -49,7 +49,7 @@ EXPORTED = {
     "treadle_streamed_mm",
     "treadle_unpack",
 }
-CPU_ONLY = {"treadle_decode_attention", "treadle_rms_norm", "treadle_silu_gate"}
+CPU_ONLY = {"treadle_decode_attention", "treadle_panel_product", "treadle_rms_norm", "treadle_silu_gate"}
 CPU_BYTES, CUDA_BYTES = 520_000, 1_500_000  # the CPU's loops are there four times
 
 

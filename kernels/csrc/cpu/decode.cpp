@@ -57,3 +57,12 @@ int treadle_decode_attention(const float* qkv, const int64_t* positions, const f
     });
     return status;
 }
+
+int treadle_panel_product(const float* x, const float* panels, const float* bias, const float* residual, float* out,
+                          int64_t rows, int64_t k, int64_t cols, uint64_t lane) {
+    if (rows < 0 || k < 1 || cols < 1) return TREADLE_BAD_ARGUMENT;
+    PanelProduct p = {x, panels, bias, residual, out, rows, k, cols};
+    parallel(threads_for(lane, k * cols), cols, PANEL,
+             [&](int64_t begin, int64_t end, int) { loops().panel_product(p, begin, end); });
+    return TREADLE_OK;
+}

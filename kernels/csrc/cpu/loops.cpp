@@ -210,6 +210,6 @@ void reduce(const int64_t* inputs, int64_t count, int64_t begin, int64_t end, in
 }  // namespace
 
 extern const Loops TREADLE_LOOPS = {digest,   digest_at,    cast_diff, reduce,    multiply,
-                                     encode_block, rms_norm,  silu_gate, attend};
+                                     encode_block, rms_norm,  silu_gate, attend,    panel_product};
 
 }  // namespace treadle

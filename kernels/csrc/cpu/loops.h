@@ -28,6 +28,13 @@ struct DecodeAttention {
     int64_t score_stride() const { return (capacity + 15) / 16 * 16; }
 };
 
+// The arguments of treadle_panel_product.
+struct PanelProduct {
+    const float *x, *panels, *bias, *residual;
+    float* out;
+    int64_t rows, k, cols;
+};
+
 struct Loops {
     void (*digest)(const void* bits, int64_t n, int width, Keys keys, uint64_t* lanes);
     // Element i is at flat index index[i]; `keys.key` is k₁.
@@ -45,10 +52,11 @@ struct Loops {
     // table. `next` is the block that comes after it.
     uint32_t (*encode_block)(Encoder& e, const Source& s, const Source& next, bool steps, uint8_t* out,
                              int64_t room);
-    // The three of decode.cpp, without their threads.
+    // Those of decode.cpp, without their threads.
     void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* out);
     void (*silu_gate)(const float* gate_up, int64_t rows, int64_t size, float* out);
     void (*attend)(const DecodeAttention& a, int64_t row, float* scratch);
+    void (*panel_product)(const PanelProduct& p, int64_t begin, int64_t end);
 };
 
 extern const Loops loops_scalar, loops_avx2, loops_avx512, loops_vbmi2;

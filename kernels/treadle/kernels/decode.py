@@ -1,5 +1,5 @@
-"""What a transformer's decode step does beside its matrix products, on a CPU: root-mean-square norms, rotary position
-and attention over a slot cache, the gate of a SwiGLU.
+"""A transformer's decode step on a CPU: root-mean-square norms, rotary position and attention over a slot cache, the
+gate of a SwiGLU, and products of few rows.
 
 A step has few rows, so its arithmetic is small, and dozens of small operations take longer than it. Each function here
 is one call. A row's bits depend on the row alone: neither on its neighbours, nor on how far back those look, nor on the
@@ -21,6 +21,7 @@ from treadle.kernels import native
 from treadle.kernels.errors import KernelError
 
 LANES = 16
+PANEL = 32
 MAX_HEAD = 256
 _CPU = torch.device("cpu")
 
@@ -40,18 +41,23 @@ def head_fits(size: int) -> bool:
     return size % (2 * LANES) == 0 and 0 < size <= MAX_HEAD
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
+def _call(name: str, kinds: str, *arguments: int | None) -> None:
     library = native.library(_CPU)
     if library is None:
         raise KernelError(f"decode.{name} needs the compiled library; build it: python kernels/build.py")
-    library.call(name, *arguments, device=_CPU)
+    library.call_often(name, kinds, *arguments)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """x / √(mean x² + eps) · weight, [n, D] for x [n, D] contiguous, weight [D] and eps [1]; D a multiple of 16
     (Zhang and Sennrich, arXiv:1910.07467, eq. 4)."""
     out = torch.empty_like(x)
-    _call("rms_norm", x, weight, x.shape[0], x.shape[1], eps, out)
+    rows, width = x.shape
+    _call("rms_norm", "ppiipp", _at(x), _at(weight), rows, width, _at(eps), _at(out))
     return out
 
 
@@ -65,7 +71,7 @@ def silu_gate(gate_up: Tensor) -> Tensor:
     arXiv:2002.05202, SwiGLU)."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
-    _call("silu_gate", gate_up, rows, width, out)
+    _call("silu_gate", "piip", _at(gate_up), rows, width, _at(out))
     return out
 
 
@@ -73,6 +79,30 @@ def silu_gate_eager(gate_up: Tensor) -> Tensor:
     """The twin in torch operations."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class Panels:
+    """The weights [O, D] of linear layers side by side, laid out for products with few rows: each panel of 32 outputs
+    is read from memory once, in order, whatever the number of rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.outputs, self.inputs = weight.shape
+        self._data = weight.new_zeros(-(-self.outputs // PANEL), self.inputs, PANEL)
+        self.take(weight)
+
+    @torch.inference_mode()
+    def take(self, weight: Tensor) -> None:
+        """Holds other weights of the same shape from now on."""
+        whole = self.outputs // PANEL * PANEL
+        self._data[: whole // PANEL].copy_(weight[:whole].view(-1, PANEL, self.inputs).transpose(1, 2))
+        self._data[whole // PANEL :, :, : self.outputs - whole] = weight[whole:].t()
+
+    def product(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x · Wᵀ + bias + residual, [n, O], for x [n, D], bias [O] and residual [n, O], all contiguous."""
+        out = x.new_empty(x.shape[0], self.outputs)
+        tensors = map(_at, (x, self._data, bias, residual, out))
+        _call("panel_product", "pppppiii", *tensors, x.shape[0], self.inputs, self.outputs)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +130,9 @@ def decode_attention(qkv: Tensor, positions: Tensor, keys: Tensor, values: Tenso
     """
     out = qkv.new_empty(qkv.shape[0], layer.heads * layer.size)
     tables = (layer.cos, layer.sin, layer.q_norm, layer.k_norm, layer.scale_eps)
+    tensors = map(_at, (qkv, positions, *tables, keys, values, out))
     sizes = (qkv.shape[0], layer.heads, layer.kv_heads, layer.size, keys.shape[2])
-    _call("decode_attention", qkv, positions, *tables, keys, values, out, *sizes)
+    _call("decode_attention", "pppppppppp" + "iiiii", *tensors, *sizes)
     return out
 
 

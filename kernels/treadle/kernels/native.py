@@ -57,6 +57,7 @@ class Library:
         if status := self._functions.treadle_ready(isa):
             raise KernelError(f"{path.name} cannot compute here: {_meaning(status)}")
         self._functions.treadle_delta_scratch.restype = ctypes.c_int64
+        self._often: dict[str, Any] = {}
 
     def call(self, name: str, *arguments: Tensor | int | None, device: torch.device) -> None:
         """Calls `treadle_<name>` on `device`: on its current stream, or on as many threads as torch uses.
@@ -71,6 +72,17 @@ class Library:
         else:
             status = function(*converted, ctypes.c_uint64(torch.get_num_threads()))
         if status:
+            raise KernelError(f"treadle_{name}: {_meaning(status)}")
+
+    def call_often(self, name: str, kinds: str, *arguments: int | None) -> None:
+        """Like `call` on a CPU, for functions that take microseconds: converting arguments would take as long. They are
+        addresses ("p" in `kinds`) and integers ("i")."""
+        function = self._often.get(name)
+        if function is None:
+            function = self._often[name] = getattr(self._functions, f"treadle_{name}")
+            numbers = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
+            function.argtypes = [*numbers, ctypes.c_uint64]
+        if status := function(*arguments, torch.get_num_threads()):
             raise KernelError(f"treadle_{name}: {_meaning(status)}")
 
     def delta_scratch_bytes(self, blocks: int) -> int:

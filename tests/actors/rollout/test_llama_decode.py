@@ -69,11 +69,11 @@ def test_the_llama_family_draws_what_a_plain_loop_draws(tmp_path: Path, kind: ty
         np.testing.assert_allclose(sample.logprobs[sample.loss_mask], logprobs, atol=1e-4)
 
 
-def test_large_models_decode_with_packed_products_and_draw_the_same(tmp_path: Path) -> None:
+def test_large_models_keep_their_plain_weights_for_prefill(tmp_path: Path) -> None:
     folder = write(tmp_path, Qwen2Config, intermediate_size=6144)
     model = HfModel(RolloutConfig(max_context_tokens=96), folder)
     assert model.decode_is_written_out
-    assert model.packed_layers == 0, "prefill multiplies many rows, and keeps the plain weights"
+    assert model.packed_layers == 0
     one = issue("a", group_size=1, max_new_tokens=12)
     sample = draw_all(engine_of(folder), [one])[one.id, 0].sample
     assert sample.token_ids.tolist() == plain_sample(folder, one, 0)[0]
@@ -82,9 +82,9 @@ def test_large_models_decode_with_packed_products_and_draw_the_same(tmp_path: Pa
 def test_samples_are_the_same_alone_and_in_company(tmp_path: Path) -> None:
     folder = write(tmp_path, Qwen3Config)
     asked = [issue(f"p{i}", prompt=p, max_new_tokens=30) for i, p in enumerate(("1+1=", "12+34=", "9"))]
-    together = draw_all(engine_of(folder, slots=16, row_block=4), asked)
+    together = draw_all(engine_of(folder, slots=16, row_block=1), asked)
     for one in asked:
-        for key, alone in draw_all(engine_of(folder, slots=4, row_block=4), [one]).items():
+        for key, alone in draw_all(engine_of(folder, slots=4, row_block=2), [one]).items():
             assert_same_bits(together[key].sample, alone.sample)
 
 

@@ -94,7 +94,7 @@ class HfModel:
         positions = torch.tensor([len(prefix), context // 2, context - 1])
         tokens = torch.arange(3) % self.vocabulary
         logits = []
-        for written in (None, LlamaDecode(self._model, config.slots, context)):
+        for written in (None, LlamaDecode(self._model, context)):
             self._llama = written
             cache = SlotCache(3, config.kv_step_tokens)
             cache.put([0, 1, 2], self.prefill([prefix])[0])

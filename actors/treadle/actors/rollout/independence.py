@@ -35,7 +35,7 @@ def rows_are_independent(model: HfModel, config: RolloutConfig) -> bool:
     reference: torch.Tensor | None = None
     spans = (_PREFIX_TOKENS + 1, config.kv_step_tokens + 1)  # one step and two
     for n in range(config.row_block, config.slots + 1, config.row_block):
-        for place, longest in zip((0, n // 2 + 1, n - 1), (*spans, spans[0]), strict=True):
+        for place, longest in zip((0, min(n // 2 + 1, n - 1), n - 1), (*spans, spans[0]), strict=True):
             others = [slot for slot in range(n) if slot != place]
             cache.put([place], alone)
             cache.put(others, company[1])

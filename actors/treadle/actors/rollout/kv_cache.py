@@ -81,7 +81,7 @@ class SlotCache(Cache):
 
     def put(self, slots: list[int], states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copies one sequence's K and V ([K, T, D] per layer) to the head of each of `slots`."""
-        if not states:
+        if not states or not slots:
             return
         tokens = states[0][0].shape[1]
         self.reserve(tokens)

@@ -1,9 +1,9 @@
 """A decode step of the Llama family (Llama, Mistral, Qwen2, Qwen3 …), written out for a CPU.
 
 A step of few rows has little arithmetic: half of its time went into module calls and small operations. Here q, k and
-v are one product, gate and up another, residuals are added by the product before them, and all between the products
-is `treadle.kernels.decode`. transformers' modules stay for prefill and scoring, and for every model that is not built
-so. Which one is, its logits say when it is loaded, not its name.
+v are one product, gate and up another, residuals are added by the product before them, and all of it is
+`treadle.kernels.decode`. The price is a second copy of the weights. transformers' modules stay for prefill and scoring,
+and for every model that is not built so. Which one is, its logits say when it is loaded, not its name.
 
 Letters: n rows, H query heads, K key-value heads, d head size, D width, V vocabulary, C context tokens.
 """
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from treadle.actors.rollout.kv_cache import SlotCache
-from treadle.actors.rollout.packed_linear import JoinedLinear, PackedLinear, packing_pays
 from treadle.kernels import decode
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -41,34 +40,55 @@ class _Norm:
         return decode.rms_norm(x, self.weight, self.eps)
 
 
+class _Product:
+    """Linear layers with the same input as one product."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        self._layers = layers
+        self._panels = decode.Panels(self._weight())
+        self._bias = self._joined_bias()
+
+    def renew(self) -> None:
+        """Takes the layers' weights anew."""
+        self._panels.take(self._weight())
+        self._bias = self._joined_bias()
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[n, the layers' outputs side by side] for x [n, D], with `residual` of that shape added."""
+        return self._panels.product(x, self._bias, residual)
+
+    def _weight(self) -> torch.Tensor:
+        return torch.cat([layer.weight.detach() for layer in self._layers])
+
+    def _joined_bias(self) -> torch.Tensor | None:
+        if all(layer.bias is None for layer in self._layers):
+            return None
+        none = [layer.weight.new_zeros(layer.out_features) for layer in self._layers]
+        biases = [layer.bias for layer in self._layers]
+        return torch.cat([a if b is None else b.detach() for a, b in zip(none, biases, strict=True)])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
     before_attention: _Norm
-    qkv: JoinedLinear
+    qkv: _Product
     heads: decode.Heads
-    attention_out: JoinedLinear
+    attention_out: _Product
     before_mlp: _Norm
-    gate_up: JoinedLinear
-    down: JoinedLinear
+    gate_up: _Product
+    down: _Product
 
 
 class LlamaDecode:
-    """Reads the model's parameters in place, but for joined and packed products: `renew` follows new weights."""
+    """Reads the model's parameters in place, but for those of products: `renew` follows new weights."""
 
-    def __init__(self, model: Any, rows: int, context_tokens: int) -> None:
+    def __init__(self, model: Any, context_tokens: int) -> None:
         base = model.base_model
-        packed = packing_pays(model)
-
-        def product(*layers: nn.Linear) -> JoinedLinear:
-            return PackedLinear(layers, rows) if packed else JoinedLinear(layers)
-
         self._embedding = base.embed_tokens.weight.detach()
         cos, sin = base.rotary_emb(self._embedding[:1], torch.arange(context_tokens)[None])
-        self._layers = [
-            _layer(layer, product, cos[0].contiguous(), sin[0].contiguous()) for layer in base.layers
-        ]
+        self._layers = [_layer(layer, cos[0].contiguous(), sin[0].contiguous()) for layer in base.layers]
         self._norm = _Norm.of(base.norm)
-        self._head = product(model.get_output_embeddings())
+        self._head = _Product(model.get_output_embeddings())
 
     def renew(self) -> None:
         """Takes changed weights; due after every adoption."""
@@ -85,12 +105,12 @@ class LlamaDecode:
             keys, values = cache.of_layer(index, heads.kv_heads, heads.size, x)
             qkv = layer.qkv(layer.before_attention(x))
             mixed = decode.decode_attention(qkv, positions, keys, values, heads)
-            x = layer.attention_out.plus(mixed, x)
-            x = layer.down.plus(decode.silu_gate(layer.gate_up(layer.before_mlp(x))), x)
+            x = layer.attention_out(mixed, x)
+            x = layer.down(decode.silu_gate(layer.gate_up(layer.before_mlp(x))), x)
         return self._head(self._norm(x))
 
 
-def _layer(layer: Any, product: Callable[..., JoinedLinear], cos: torch.Tensor, sin: torch.Tensor) -> _Layer:
+def _layer(layer: Any, cos: torch.Tensor, sin: torch.Tensor) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     size = int(attention.head_dim)
     norms = [_Norm.of(getattr(attention, name)) for name in sorted(_HEAD_NORMS & _names(attention))]
@@ -106,12 +126,12 @@ def _layer(layer: Any, product: Callable[..., JoinedLinear], cos: torch.Tensor, 
     )
     return _Layer(
         before_attention=_Norm.of(layer.input_layernorm),
-        qkv=product(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_Product(attention.q_proj, attention.k_proj, attention.v_proj),
         heads=heads,
-        attention_out=product(attention.o_proj),
+        attention_out=_Product(attention.o_proj),
         before_mlp=_Norm.of(layer.post_attention_layernorm),
-        gate_up=product(mlp.gate_proj, mlp.up_proj),
-        down=product(mlp.down_proj),
+        gate_up=_Product(mlp.gate_proj, mlp.up_proj),
+        down=_Product(mlp.down_proj),
     )
 
 
