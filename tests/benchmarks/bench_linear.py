@@ -20,10 +20,12 @@ from tests.benchmarks.bench_rows import Row, Stopwatch, append_rows, compared, s
 from tests.benchmarks.step_loads import TAIL_SHAPE
 from torch import nn
 
+from treadle.actors.learner.onednn import use_onednn
 from treadle.actors.rollout.packed_linear import pack_linears
 from treadle.kernels.decode import Panels
 
 ROWS = (4, 8, 16, 32)
+TRAINED_ROWS = 2048
 COMMAND = "python -m tests.benchmarks.bench_linear"
 
 
@@ -84,6 +86,37 @@ def measured(rows: int, rounds: int, steps: int) -> list[Row]:
     ]
 
 
+def training_turn(layers: nn.ModuleList, inputs: dict[int, torch.Tensor], steps: int) -> float:
+    """Milliseconds of a forward and a backward pass through all layers."""
+    clock = Stopwatch()
+    for _ in range(steps):
+        for layer in layers:
+            layer(inputs[layer.in_features]).sum().backward()
+    return 1e3 * clock.lap() / steps
+
+
+def trained(rounds: int) -> Row:
+    """A rank's linear layers, both ways in turns."""
+    plain, ours = linears(), linears()
+    use_onednn(ours)
+    d, inner = TAIL_SHAPE.hidden, TAIL_SHAPE.intermediate
+    inputs = {size: torch.randn(TRAINED_ROWS, size, requires_grad=True) for size in (d, inner)}
+    sides = {"oneDNN": ours, "plain": plain}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, layers in sides.items():
+            times[name].append(training_turn(layers, inputs, 1))
+    print(f"training: {', '.join(f'{name} {spread(taken[1:])}' for name, taken in times.items())} ms")
+    return compared(
+        f"linear layers of a training step, 15M, {TRAINED_ROWS} tokens, oneDNN",
+        statistics.median(times["oneDNN"][1:]),
+        statistics.median(times["plain"][1:]),
+        "ms forward and backward, one core (ratio below 1: faster than plain)",
+        command=COMMAND,
+        detail=f"medians of {rounds} turns",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns")
@@ -92,6 +125,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rounds, steps = (1, 10) if given.quick else (9, 30)
     rows = [row for count in ROWS for row in measured(count, rounds, steps)]
+    rows.append(trained(rounds))
     append_rows(given.out, rows)
     print(table([asdict(row) for row in rows]))
 

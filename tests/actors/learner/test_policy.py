@@ -11,6 +11,7 @@ import torch
 from tests.actors.learner.ranks import drawn_samples, tiny_model
 from transformers import AutoModelForCausalLM
 
+from treadle.actors.learner.onednn import use_onednn
 from treadle.actors.learner.packing import pack
 from treadle.actors.learner.policy import load_policy
 from treadle.platform.errors import ConfigError, DataError
@@ -45,15 +46,17 @@ def hugging_face(
     return every.detach(), torch.cat(entropies).detach(), grads
 
 
-@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize(("packing", "onednn"), [("packed", True), ("packed", False), ("padded", True)])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_policy_equals_the_model_it_wraps(name: str, packing: str, tmp_path: Path) -> None:
+def test_the_policy_equals_the_model_it_wraps(name: str, packing: str, onednn: bool, tmp_path: Path) -> None:
     changes = dict(MODELS[name])
     folder = tiny_model(tmp_path, kind=changes.pop("kind", name), **changes)
     samples = drawn_samples(9, longest=40, seed=4)
     logprobs, entropies, gradients = hugging_face(folder, samples, 0.8)
     policy = load_policy(folder, dtype="fp32", packing=packing)
     assert policy.packed == (packing == "packed")
+    if onednn:
+        use_onednn(policy)
     (batch,) = pack(samples, 10_000)
     output = policy(batch, 0.8)
     order = _original_order(batch.samples, samples)

@@ -19,6 +19,7 @@ from treadle.actors.learner import checkpoint
 from treadle.actors.learner.backend import build_backend
 from treadle.actors.learner.export import export_folder
 from treadle.actors.learner.figures import RankReport
+from treadle.actors.learner.onednn import use_onednn
 from treadle.actors.learner.packing import pack
 from treadle.actors.learner.policy import load_policy
 from treadle.actors.learner.process_group import device_of_rank
@@ -65,6 +66,8 @@ class LearnerRank:
             # ZeRO-3 frees weights between forward and backward, which only re-entrant recomputation allows.
             reentrant=config.backend == "deepspeed" and config.zero == 3,
         )
+        if device.type == "cpu":
+            use_onednn(policy)
         parameters = sum(p.numel() for _, p in policy.named_weights())
         reference = None
         if spec.objective.needs_reference:
