@@ -9,10 +9,10 @@ using namespace treadle;
 
 namespace {
 
-constexpr int64_t ROWS_WORTH_A_THREAD = 65536;  // numbers read: starting a thread takes as long
+constexpr int64_t NUMBERS_WORTH_A_THREAD = 65536;  // read: starting a thread takes as long
 
 uint64_t threads_for(uint64_t lane, int64_t numbers) {
-    uint64_t worth = (uint64_t)(numbers / ROWS_WORTH_A_THREAD);
+    uint64_t worth = (uint64_t)(numbers / NUMBERS_WORTH_A_THREAD);
     return worth < lane ? (worth ? worth : 1) : lane;
 }
 

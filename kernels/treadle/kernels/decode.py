@@ -3,7 +3,7 @@ gate of a SwiGLU, and products of few rows.
 
 A step has few rows, so its arithmetic is small, and dozens of small operations take longer than it. Each function here
 is one call. A row's bits depend on the row alone: neither on its neighbours, nor on how far back those look, nor on the
-number of threads or the instruction set.
+number of threads; nor on the instruction set, but for products, which are rounded once where the processor can.
 
 Letters: n rows, H query heads, K key-value heads, d head size, S slots, C the cache's capacity in tokens, D width.
 float32 throughout.
