@@ -142,6 +142,8 @@ class LocalWorker:
             await asyncio.sleep(3600)
         if self.gone is not None:
             raise self.gone
+        if self.dead.done():
+            raise WorkerDiedError("the local worker was killed")
         return dataclasses.replace(
             self.worker.status(),
             node=self.node,

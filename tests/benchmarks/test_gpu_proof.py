@@ -100,6 +100,7 @@ def cpu_library_is_built() -> None:
         pytest.skip("needs the CPU library")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path) -> None:
     """In a process that imports torch and the kernels, and nothing of Ray, DeepSpeed or vLLM."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.chaos.attached import QUICK_CHECKS, family
 from tests.chaos.runs import PATIENT, account, clean, events_of, same_bits
-from tests.chaos.test_chaos_nodes import QUICK_CHECKS, processes_of, steps_of
+from tests.chaos.test_chaos_nodes import steps_of
 from tests.clusters import Node, cluster_of, end_node, start_node
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently, samples_of, summary_of, wait_until
 
@@ -45,7 +46,7 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_dies_and_grows_back_when_o
                 assert process.poll() is None, process.communicate()
 
             until(lambda: steps_of(folder) > 0)
-            [lost, _] = [node for node in cluster.nodes[2:] if processes_of(node, "ray::RolloutActor")]
+            [lost, _] = [node for node in cluster.nodes[2:] if family(node, "ray::RolloutActor")]
             struck = time.time()
             end_node(lost)
             until(lambda: events_of(folder, "shrunk"))
@@ -54,7 +55,7 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_dies_and_grows_back_when_o
             until(lambda: steps_of(folder) > made)
             fresh = start_node(cluster, ENGINES, "fresh", **QUICK_CHECKS)
             until(lambda: [event for event in events_of(folder, "replaced") if event["role"] == "rollout"])
-            assert processes_of(fresh, "ray::RolloutActor")
+            assert family(fresh, "ray::RolloutActor")
             out, err = process.communicate(timeout=900)
         except BaseException:
             process.kill()

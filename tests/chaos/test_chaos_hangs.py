@@ -44,6 +44,8 @@ MARGIN_S = 25.0
 
 
 SILENT, STEP = "rollout.silence_deadline_s", "learner.step_deadline_s"
+START_S = 40
+"""Covers what the role does before it hangs: on a crowded machine a process starts in 20 s."""
 COORDINATOR = "weight coordinator has been silent for 5 s"
 HANGS: dict[str, tuple[Any, ...]] = {
     "rollout.before_draw=sleep:600@4": (5, "worker rollout-", "silent for 5 s", "asked to draw rl/", SILENT),
@@ -99,6 +101,34 @@ HANGS: dict[str, tuple[Any, ...]] = {
         "verify.judge_deadline_s",
         "verify.respawns",
     ),
+    "learner.before_setup[1]=sleep:600@1": (
+        START_S,
+        "learner.setup: rank 1 is not done",
+        "in setup (",
+        "learner.start_deadline_s",
+    ),
+    "learner.before_probe[0]=sleep:600@2": (8, "learner.probe: rank 0 is not done", "in logprobs (", STEP),
+    "learner.before_publish[1]=sleep:600@2": (8, "rank 1", "in publish (", "broadcast.gather_deadline_s"),
+    "learner.before_export[1]=sleep:600@1": (
+        8,
+        "learner.export to",
+        "rank 1 is not done",
+        "in export_hf (",
+        STEP,
+    ),
+    "rollout.before_load[rollout-1]=sleep:600@1": (
+        START_S,
+        "worker rollout-1 did not answer",
+        "it hangs in act (",
+        "rollout.start_deadline_s",
+    ),
+    "rollout.before_probe[rollout-1]=sleep:600@2": (5, "worker rollout-1", "scoring", "in act (", SILENT),
+    "verify.before_start=sleep:600@1": (
+        START_S,
+        "verify, start: actor 0",
+        "it hangs in start (",
+        "verify.startup_deadline_s",
+    ),
     **{
         f"{point}=sleep:600@{passage}": (
             6,
@@ -120,22 +150,42 @@ HANGS: dict[str, tuple[Any, ...]] = {
     },
 }
 """By fault: the seconds within which it must be found, and words of the sentence."""
+OTHER_DEADLINES: dict[str, str] = {
+    "learner.before_setup": f"learner.start_deadline_s={START_S}",
+    "learner.before_publish": "broadcast.gather_deadline_s=8",
+    "rollout.before_load": f"rollout.start_deadline_s={START_S}",
+    "verify.before_start": f"verify.startup_deadline_s={START_S}",
+}
+"""Of phases whose deadline is none of `SETTINGS`."""
 
 
 @pytest.mark.parametrize("fault", HANGS)
 def test_a_hang_is_told_within_its_deadline_with_its_true_place(tmp_path: Path, fault: str) -> None:
-    deadline_s, *words = HANGS[fault]
-    folder, once = tmp_path / "run", tmp_path / "once"
+    folder = tmp_path / "run"
+    deadline = next((value for point, value in OTHER_DEADLINES.items() if fault.startswith(point)), None)
+    words = ("run", str(TINY), WITH_PROMPTS, *SETTINGS, *([deadline] if deadline else []), f"--dir={folder}")
+    _told(folder, fault, HANGS[fault], *words)
+
+
+def test_a_rank_that_hangs_while_it_reads_a_checkpoint_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("run", str(TINY), WITH_PROMPTS, *SETTINGS, f"--dir={folder}")
+    _, killed = patiently(*words, TREADLE_FAILPOINTS="driver.after_checkpoint=kill@2")
+    assert killed.code == -9, killed
+    told = (8, "learner.load from", "rank 1 is not done", "in load (", STEP)
+    _told(folder, "learner.before_load[1]=sleep:600@1", told, "resume", str(folder))
+
+
+def _told(folder: Path, fault: str, expected: tuple[Any, ...], *words: str) -> None:
+    """The program of these words hangs by `fault`, and says so as `expected`."""
+    deadline_s, *said = expected
+    once = folder.parent / "once"
     once.mkdir()
-    program, ended = patiently(
-        *("run", str(TINY), WITH_PROMPTS, *SETTINGS, "--dir", str(folder)),
-        TREADLE_FAILPOINTS=fault,
-        TREADLE_FAILPOINTS_ONCE=str(once),
-    )
+    program, ended = patiently(*words, TREADLE_FAILPOINTS=fault, TREADLE_FAILPOINTS_ONCE=str(once))
     told_s = time.time() - next(once.iterdir()).stat().st_mtime
     print(f"{fault}: told after {told_s:.1f} s: {ended.complaint}")
     assert ended.code == 1, ended
-    for word in words:
+    for word in said:
         assert word in ended.complaint
     assert told_s < deadline_s + MARGIN_S
     assert program.all_but_agents_gone(), program.survivors()

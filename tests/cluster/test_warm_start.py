@@ -22,6 +22,8 @@ from treadle.actors.rollout.config import RolloutConfig
 from treadle.cluster import warm_start
 from treadle.platform.records import RoleSpec
 
+pytestmark = pytest.mark.processes
+
 WORKER = """
 import json, os, signal, sys
 import numpy

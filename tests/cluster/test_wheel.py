@@ -7,9 +7,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from tests.clusters import clean_environment
 
 from treadle.cluster.wheel import build_wheel
+
+pytestmark = pytest.mark.processes
 
 
 def test_the_wheel_holds_all_folders_and_no_requirements(tmp_path: Path) -> None:

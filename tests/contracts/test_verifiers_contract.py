@@ -14,6 +14,8 @@ from treadle.actors.verify.client import VerifierPool
 from treadle.platform.contracts import Verifiers
 from treadle.platform.records import Drawn
 
+pytestmark = pytest.mark.processes
+
 T = TypeVar("T")
 Make = Callable[[], VerifierPool]
 CONFIG = odd_config(parts={"accuracy": 1.0, "format": 0.1}, judge_deadline_s=60.0)

@@ -16,6 +16,8 @@ import pytest
 
 from treadle.workflows.cli import main
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "tests" / "workflows" / "recipes" / "tiny.yaml"
 PROMPTS = REPOSITORY / "tests" / "workflows" / "recipes" / "prompts.jsonl"

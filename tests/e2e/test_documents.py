@@ -35,6 +35,8 @@ from treadle.platform.errors import BroadcastError, DeadlineError
 from treadle.platform.objectives.base import Objective, ScoredGroup, TokenInputs
 from treadle.platform.records import WeightVersion
 
+pytestmark = pytest.mark.processes
+
 V0 = WeightVersion(step=0)
 
 

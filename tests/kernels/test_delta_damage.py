@@ -243,6 +243,7 @@ def same_bits_after(layout: Layout, data: bytes, old: Tensor, new: Tensor) -> bo
     return same_bits(target, new) and Delta.from_bytes(layout, data).digest == digest_of(layout, [new])
 
 
+@pytest.mark.processes
 def test_sanitizers_find_nothing_in_encoders_and_decoders(build: dict[str, Any], tmp_path: Path) -> None:
     """A build with address and undefined-behaviour checks, fed with everything above and more."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

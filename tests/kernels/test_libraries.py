@@ -29,6 +29,8 @@ from treadle.kernels.pack import Packing
 from treadle.kernels.plan import Plan
 from treadle.kernels.streamed_mm import ALL_CAME
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 EXPORTED = {
     "treadle_abi",

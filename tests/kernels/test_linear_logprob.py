@@ -143,10 +143,12 @@ def _grown(which: str, tokens: int) -> float:
     return float(figures["grown_bytes"] / figures["logits_bytes"])
 
 
+@pytest.mark.processes
 def test_peak_memory_for_a_vocabulary_of_152k_is_a_tenth_of_the_full_logits() -> None:
     # The chunk has a fixed size: 70 to 130 MB with what malloc keeps between blocks, whatever the tokens.
     assert _grown("chunked", 4096) < 0.1
 
 
+@pytest.mark.processes
 def test_the_twin_needs_the_full_logits_so_the_measurement_can_fail() -> None:
     assert _grown("eager", 128) > 1.0

@@ -125,12 +125,14 @@ def played(folder: Path, recipe: str, *, dry_run: bool = False) -> dict[str, obj
     )
 
 
+@pytest.mark.processes
 def test_a_dry_run_lists_the_faults_and_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("faults:\n  - rollout.before_draw@3: kill\n")
     assert played(tmp_path, "demo", dry_run=True)["faults"] == ["rollout.before_draw@3: kill"]
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_a_second_game_day_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("faults:\n  - rollout.before_draw@3: kill\n")
     (tmp_path / "run" / "chaos").mkdir(parents=True)

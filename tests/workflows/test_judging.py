@@ -14,6 +14,8 @@ from treadle.platform.config import to_yaml
 from treadle.platform.tracking.rollouts import RolloutRow, write_rollouts
 from treadle.workflows.recipe import load_recipe
 
+pytestmark = pytest.mark.processes
+
 GOOD = "<think>7+5</think><answer>132</answer>"
 ENDED = f"{GOOD}<eos>"
 """As a run keeps it: with the text of its tokenizer's EOS."""

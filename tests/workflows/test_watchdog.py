@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 PRELUDE = """
 import asyncio, sys, time
 from treadle.workflows import watchdog

@@ -40,6 +40,12 @@ def plan_of(*members: Address, rotations: int = 2) -> Plan:
     return plan
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another parent is waited for so shortly that ten failures take no five seconds."""
+    monkeypatch.setattr("treadle.actors.broadcast.chain_receive._ANOTHER_PARENT_S", 0.02)
+
+
 def test_chains_begin_with_different_nodes_and_pass_every_node() -> None:
     a, b, c = node(1), node(2), node(3)
     assert plan_of(a, b, c, rotations=3).parents() == {a: (S, c, c), b: (a, S, a), c: (b, b, S)}
@@ -249,6 +255,7 @@ def test_a_relay_that_damages_chunks_is_found_out(monkeypatch: pytest.MonkeyPatc
     assert spoiled, "nobody was served by the relay that spoils"
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_source_whose_bytes_do_not_fit_its_checksums_ends_the_attempt() -> None:
     loom = Chain()
     _, buckets, ticket = loom.send(1)
@@ -259,6 +266,7 @@ def test_a_source_whose_bytes_do_not_fit_its_checksums_ends_the_attempt() -> Non
         loom.receive(ticket, receivers(1))[0].result(40)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_source_that_dies_midway_is_an_error_and_no_hang() -> None:
     loom = Chain(out=Rate(1e6))
     _, _, ticket = loom.send(1)

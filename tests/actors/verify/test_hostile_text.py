@@ -30,6 +30,8 @@ from treadle.actors.verify.template import FormatVerifier
 from treadle.platform.contracts import Verifier
 from treadle.platform.records import Json, Verdict
 
+pytestmark = pytest.mark.processes
+
 DEADLINE_S = 1.0
 MOST_GROWTH_BYTES = 96 * 2**20
 """Of this process over all texts of one run: the longest text is a megabyte, and nothing of it may stay."""

@@ -17,6 +17,8 @@ from treadle.actors.verify.config import VerifyConfig
 from treadle.actors.verify.judge_model import JudgeVerifier
 from treadle.platform.errors import VerifierError
 
+pytestmark = pytest.mark.processes
+
 TOKEN = "canary-judge-token-7f3a"
 Reply = Callable[[str], object]
 

@@ -18,6 +18,8 @@ from treadle.platform.contracts import Verifiers
 from treadle.platform.errors import ConfigError, VerifierError
 from treadle.platform.records import Drawn, Json, Prompt, StopReason, Verdict, WeightVersion
 
+pytestmark = pytest.mark.processes
+
 T = TypeVar("T")
 
 

@@ -26,6 +26,8 @@ from treadle.actors.verify.pool import ProcessPool
 from treadle.platform.errors import VerifierError
 from treadle.platform.records import Verdict
 
+pytestmark = pytest.mark.processes
+
 
 def test_completions_are_scored_in_order_and_parts_sum_to_the_reward() -> None:
     config = VerifyConfig(processes=2, eos="<eos>", batch_samples=3)
@@ -39,8 +41,7 @@ def test_completions_are_scored_in_order_and_parts_sum_to_the_reward() -> None:
     assert [verdict.reward for verdict in verdicts] == [1.1, 1.1, 1.0, 0.1, 1.0]
     assert verdicts[0].parts == (("accuracy", 1.0), ("format", 1.0))
     assert re.fullmatch(r"exact/\w+\+format/\w+", verdicts[0].verifier)
-    weighted = [sum(config.parts[name] * value for name, value in verdict.parts) for verdict in verdicts]
-    assert [verdict.reward for verdict in verdicts] == weighted
+    assert all(one.reward == sum(config.parts[name] * value for name, value in one.parts) for one in verdicts)
 
 
 def test_a_completion_that_was_cut_off_gets_no_format_credit() -> None:

@@ -17,6 +17,8 @@ from treadle.actors.verify.verdicts import scored, unscored
 from treadle.platform.errors import ConfigError, VerifierError
 from treadle.platform.records import Verdict, VerdictStatus
 
+pytestmark = pytest.mark.processes
+
 LOAD = Load(waiting_samples=100, age_s=0.6, stuck=0, busy=1, service_s=0.01)
 
 

@@ -27,6 +27,8 @@ from treadle.actors.broadcast.chain_wire import (
 _log = logging.getLogger(__name__)
 
 _REPORT_S = 0.25
+_ANOTHER_PARENT_S = 0.5
+"""How long the source may take to name one in the place of a parent that was lost."""
 _FAILURES = 10
 """Of a group at the source itself: it sends nothing right any more."""
 _LEAST_BYTES = 256 * 2**10
@@ -145,7 +147,7 @@ class Receiving:
         """Tells the source, and waits a moment for another parent."""
         self._say({"lost": parent})
         with self._changed:
-            self._changed.wait_for(lambda: self._over or self._parents[group] != parent, 0.5)
+            self._changed.wait_for(lambda: self._over or self._parents[group] != parent, _ANOTHER_PARENT_S)
 
     def _pull(self, parent: Address, group: int, missing: list[int], deadline: float) -> None:
         """Chunks from one parent, until they are there or another parent is named."""

@@ -14,6 +14,7 @@ import atexit
 import itertools
 import logging
 import os
+import queue
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -117,7 +119,16 @@ def _fetch(ticket: GlooTicket, deadline: float) -> list[NDArray[np.uint8]]:
     # A plain socket says at once, and in one line, that nobody listens; the store would try again and again.
     with socket.create_connection((ticket.host, ticket.port), left().total_seconds()) as knock:
         own_host = knock.getsockname()[0]
-    store = _c10d.TCPStore(ticket.host, ticket.port, is_master=False, wait_for_workers=False, timeout=left())
+    lines = _Lines.to(ticket.host, ticket.port)
+    store = lines.take(left())
+    buckets = _fetch_through(store, ticket, own_host, left)
+    lines.give_back(store)
+    return buckets
+
+
+def _fetch_through(
+    store: Any, ticket: GlooTicket, own_host: str, left: Callable[[], timedelta]
+) -> list[NDArray[np.uint8]]:
     meeting = f"{own_host}-{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}"
     store.queue_push("fetches", f"{meeting} {ticket.serial}")
     answer = store.get(f"{meeting}/answer").decode()
@@ -139,6 +150,40 @@ def _meet(store: Any, meeting: str, rank: int, host: str, timeout: timedelta) ->
     options._timeout = timeout
     options._threads = 1
     return _c10d.ProcessGroupGloo(_c10d.PrefixStore(meeting, store), rank, 2, options)
+
+
+class _Lines:
+    """Connections to a store, kept for the next fetch: torch asks the name service for the other side's name whenever
+    it opens one, and a slow answer (5 s and more) would hold up the weights. One that failed is not given back."""
+
+    _all: ClassVar[dict[tuple[str, int], _Lines]] = {}
+
+    @classmethod
+    def to(cls, host: str, port: int) -> _Lines:
+        """A learner that was started again listens elsewhere; what led to the old one goes."""
+        if (host, port) not in cls._all:
+            cls._all = {(host, port): cls(partial(_connected, host, port))}
+        return cls._all[host, port]
+
+    def __init__(self, connect: Callable[[timedelta], Any]) -> None:
+        self._connect = connect
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def take(self, timeout: timedelta) -> Any:
+        """A connection that nobody else uses, whose calls take at most `timeout`."""
+        try:
+            store = self._idle.get_nowait()
+        except queue.Empty:
+            return self._connect(timeout)
+        store.set_timeout(timeout)
+        return store
+
+    def give_back(self, store: Any) -> None:
+        self._idle.put(store)
+
+
+def _connected(host: str, port: int, timeout: timedelta) -> Any:
+    return _c10d.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 class _Door:
@@ -174,6 +219,7 @@ class _Door:
             timeout=_FOREVER,
             master_listen_fd=listener.detach(),
         )
+        self._lines = _Lines(partial(_connected, host, self.port))
         self._thread = threading.Thread(target=self._open, name="gloo-door", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -202,15 +248,16 @@ class _Door:
     def _serve(self, meeting: str, wanted: int) -> None:
         buckets = dict(self._offers.values()).get(wanted)
         try:
-            store = self._store.clone()
+            store = self._lines.take(self._serve_timeout)
             if buckets is None:
                 store.set(f"{meeting}/answer", "the sender has published a newer version since.")
-                return
-            store.set(f"{meeting}/answer", "coming")
-            group = _meet(store, meeting, _SENDER, self.host, self._serve_timeout)
-            for tag, bucket in enumerate(buckets):
-                if len(bucket):
-                    group.send([torch.from_numpy(bucket)], _RECEIVER, tag).wait(self._serve_timeout)
+            else:
+                store.set(f"{meeting}/answer", "coming")
+                group = _meet(store, meeting, _SENDER, self.host, self._serve_timeout)
+                for tag, bucket in enumerate(buckets):
+                    if len(bucket):
+                        group.send([torch.from_numpy(bucket)], _RECEIVER, tag).wait(self._serve_timeout)
+            self._lines.give_back(store)
         except RuntimeError as error:
             # The engine's own deadline reports it; the sender goes on for the others.
             _log.warning("gloo: an engine left in the middle of a fetch: %s", str(error).splitlines()[0])

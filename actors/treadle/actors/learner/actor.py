@@ -23,6 +23,7 @@ from treadle.actors.learner.heartbeat import IDLE
 from treadle.actors.learner.rank import LearnerRank
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import BroadcastError, DeadlineError
+from treadle.platform.failpoints import failpoint
 from treadle.platform.memory import kernel_kills
 from treadle.platform.packed import unpacked
 from treadle.platform.processes import keep_freed_memory
@@ -111,6 +112,7 @@ class LearnerRankActor:
         """Gathers the full weights with the other ranks; rank 0 offers them. `bases` are the digests that engines
         hold, "" for none."""
         self._learner.phase = f"publishing version {step}"
+        failpoint("learner.before_publish", str(self._rank))
         state = self._learner.full_state()
         offered = None
         if self._rank == 0:

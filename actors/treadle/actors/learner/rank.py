@@ -53,6 +53,7 @@ class LearnerRank:
     def setup(self, spec: LearnerSpec) -> int:
         """Loads a stage's model, dropping the one before; returns its number of trained parameters."""
         self.phase = "setup: loading the model"
+        failpoint("learner.before_setup", str(self.rank))
         config = spec.config
         config.check()
         self.close()
@@ -134,6 +135,7 @@ class LearnerRank:
         """For every sequence of T tokens the T-1 log-probabilities of each token given those before it, at
         temperature 1, concatenated in the given order. Collective under ZeRO-3 only."""
         self.phase = "probe"
+        failpoint("learner.before_probe", str(self.rank))
         samples = [_probe_sample(tokens) for tokens in sequences]
         values: dict[int, NDArray[np.float32]] = {}
         for batch in pack(samples, self._stage.config.max_tokens_per_microbatch):
@@ -171,6 +173,7 @@ class LearnerRank:
         Raises CheckpointError when it is damaged or of another model.
         """
         self.phase = "load"
+        failpoint("learner.before_load", str(self.rank))
         backend, reference = self._stage.backend, self._stage.reference
         reader = checkpoint.Reader(folder)
         reader.check_names(name for name, _ in backend.policy.named_weights())
@@ -185,6 +188,7 @@ class LearnerRank:
     def export_hf(self, folder: str) -> None:
         """Writes the policy as a Hugging Face folder, which `AutoModelForCausalLM` loads."""
         self.phase = "export"
+        failpoint("learner.before_export", str(self.rank))
         export_folder(self._stage.spec.model_folder, folder, self.full_state(), writer=self.rank == 0)
         self._barrier()
         self.phase = "idle"

@@ -83,6 +83,7 @@ class EngineLoop:
         def act() -> WeightVersion:
             self._fail_pending(RolloutError(f"rollout/load: worker {self.name} switched to another model."))
             self._engine = None  # frees the old weights before the new ones are read
+            failpoint("rollout.before_load", self.name)
             self._engine, self.failure = build(), ""
             self.version = version
             return version
@@ -109,7 +110,12 @@ class EngineLoop:
 
     def ask(self, question: Callable[[Engine], T]) -> Future[T]:
         """Calls `question` between two steps."""
-        return self._put("scoring", lambda: question(self._ready()))
+
+        def act() -> T:
+            failpoint("rollout.before_probe", self.name)
+            return question(self._ready())
+
+        return self._put("scoring", act)
 
     def draw(self, issue: Issue, min_version_step: int) -> Future[DrawnGroup]:
         """The group of an issue. An issue that is being drawn already is joined, not drawn twice."""

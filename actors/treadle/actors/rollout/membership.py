@@ -301,7 +301,8 @@ class Membership:
             return await asyncio.wait_for(member.call(call), limit_s)
         except TimeoutError as error:
             raise DeadlineError(
-                f"rollout/{phase}: worker {member.name} did not answer within {limit_s:g} s.",
+                f"rollout/{phase}: worker {member.name} did not answer within {limit_s:g} s; "
+                f"{await member.handle.where()}.",
                 "Raise rollout.start_deadline_s, or see whether the cluster has room for the worker.",
             ) from error
 

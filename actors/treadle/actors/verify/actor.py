@@ -132,10 +132,11 @@ def ray_verifier_pool(
             async with asyncio.timeout(config.startup_deadline_s):
                 await handle.start()
         except TimeoutError as error:
+            found = await handle.where()
             handle.kill()
             raise VerifierError(
                 f"verify, start: actor {index} is not up within "
-                f"verify.startup_deadline_s={config.startup_deadline_s}.",
+                f"verify.startup_deadline_s={config.startup_deadline_s:g}; {found}.",
                 "Free CPUs on the cluster, or lower verify.cpus.",
             ) from error
         except BaseException:

@@ -90,6 +90,7 @@ class ProcessPool:
     async def start(self) -> None:
         """Starts the processes and builds the warm verifiers. Raises `VerifierError` when they cannot be, or are not
         of the pinned versions."""
+        failpoint("verify.before_start")
         runners = [self._runner() for _ in range(self._config.processes)]
         results = await asyncio.gather(*map(self._warm, runners), return_exceptions=True)
         broken = [result for result in results if isinstance(result, BaseException)]

@@ -13,6 +13,8 @@ from treadle.actors.verify.programs.languages import toolchain
 from treadle.actors.verify.programs.verifier import CodeVerifier
 from treadle.platform.errors import DataError
 
+pytestmark = pytest.mark.processes
+
 PROBLEMS: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("problems.toml").read_text())[
     "problem"
 ]

@@ -20,6 +20,8 @@ from treadle.actors.verify.programs.tiers import Choice, open_local
 from treadle.actors.verify.programs.verifier import CodeVerifier
 from treadle.platform.errors import ConfigError
 
+pytestmark = pytest.mark.processes
+
 Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
 

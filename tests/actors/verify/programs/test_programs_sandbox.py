@@ -22,6 +22,8 @@ from treadle.actors.verify.programs.local import LocalSandbox
 from treadle.actors.verify.programs.records import MIB, Command, Ended, Limits, Reason, SandboxError
 from treadle.actors.verify.programs.tiers import LOCAL_TIERS, make_local, running
 
+pytestmark = pytest.mark.processes
+
 PYTHON = "/usr/bin/python3"
 
 

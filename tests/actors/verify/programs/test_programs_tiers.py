@@ -11,6 +11,8 @@ from treadle.actors.verify.programs.records import Command, Ended, Reason, Sandb
 from treadle.actors.verify.programs.tiers import Choice, make_local, open_local, probed
 from treadle.platform.errors import ConfigError
 
+pytestmark = pytest.mark.processes
+
 BREACHES = [
     "reaches the network",
     "sends datagrams",

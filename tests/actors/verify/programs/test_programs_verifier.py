@@ -17,6 +17,8 @@ from treadle.platform.contracts import Verifier
 from treadle.platform.errors import ConfigError, DataError
 from treadle.platform.records import Json
 
+pytestmark = pytest.mark.processes
+
 CALLS: dict[str, Any] = {
     "tests": [{"call": {"function": "half", "args": [n]}, "returns": n // 2} for n in (4, 7, 0, -3)]
 }
