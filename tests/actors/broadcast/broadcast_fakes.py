@@ -123,6 +123,9 @@ class InProcessRank:
     async def dense(self, step: int) -> Offer:
         return self.rank.dense(step)
 
+    async def doing(self) -> str:
+        return f"offering ({type(self).__name__})"
+
 
 class InProcessEngine:
     """An engine as the coordinator sees it, without Ray; `frozen` makes it never answer."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
@@ -14,6 +16,7 @@ from treadle.actors.broadcast.phases import EngineLostError, Offer
 from treadle.actors.broadcast.transports import spread
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import GONE, why
+from treadle.actors.stacks import ANSWER_S
 from treadle.platform.errors import BroadcastError
 from treadle.platform.memory import remedy
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
@@ -25,7 +28,7 @@ OFFER_PART = 0.9
 
 
 class RaySource:
-    """A learner rank behind its handle. The rank has `publish(step, outgoing, bases)` and `dense(step)`."""
+    """A learner rank behind its handle. The rank has `publish(step, outgoing, bases)`, `dense(step)` and `phase()`."""
 
     def __init__(self, handle: Any, outgoing: Outgoing) -> None:
         self._handle = handle
@@ -36,6 +39,13 @@ class RaySource:
 
     async def dense(self, step: int) -> Offer:
         return await _from_rank(call(self._handle, "dense", step))
+
+    async def doing(self) -> str:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return str(await call(self._handle, "phase"))
+        except (RayError, TimeoutError):
+            return "no answer"
 
 
 class RayReceiver:

@@ -151,9 +151,11 @@ class Coordinator:
                 ) from error
         if waiting:
             late = [rank for rank, task in enumerate(tasks) if task in waiting]
+            said = await asyncio.gather(*(source.doing() for source in self._sources))
             _abandon(waiting)
             raise DeadlineError(
-                f"broadcast.gather: learner ranks {late} did not offer version {step} within {limit_s:g} s.",
+                f"broadcast.gather: learner ranks {late} did not offer version {step} within {limit_s:g} s; "
+                f"{'; '.join(f'rank {rank}: {doing}' for rank, doing in enumerate(said))}.",
                 "Raise broadcast.gather_deadline_s, or look for a frozen rank.",
             )
         offers = [(s, offered) for s, t in zip(self._sources, tasks, strict=True) if (offered := t.result())]

@@ -25,6 +25,10 @@ class Source(Protocol):
         """Manifest and ticket of all of the version that this rank packed last."""
         ...
 
+    async def doing(self) -> str:
+        """What it says it is doing, and in which function; within a few seconds."""
+        ...
+
 
 class Publication:
     """A version as its source offered it. The dense offer is asked for when somebody needs it, and once."""
