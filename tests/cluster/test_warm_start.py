@@ -99,6 +99,18 @@ def test_a_worker_has_no_variable_of_the_template_and_draws_numbers_of_its_own(
     assert first["drawn"] != second["drawn"]
 
 
+def test_a_worker_that_outlives_ray_ends_with_the_template(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    with warm_start.template(tmp_path, ["json"]) as words:
+        shim = subprocess.Popen([*shlex.split(words), str(script)], stdout=subprocess.PIPE, text=True)
+        assert shim.stdout is not None
+        worker = psutil.Process(int(shim.stdout.readline()))
+        assert worker.is_running()
+    worker.wait(10)
+    shim.communicate(timeout=10)
+
+
 def test_variables_that_an_import_sets_reach_the_worker(
     tmp_path: Path, worker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 from treadle.cluster import worker_shim
 from treadle.platform.records import RoleSpec
@@ -49,6 +52,7 @@ def template(folder: Path, preload: Sequence[str]) -> Iterator[str]:
             # BLAS starts threads when it is imported, and CUDA looks at its devices: neither survives a fork. Roles set
             # their threads themselves.
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,  # its own, so that all that it has forked can be told
         )
     try:
         yield shlex.join(
@@ -56,5 +60,15 @@ def template(folder: Path, preload: Sequence[str]) -> Iterator[str]:
         )
     finally:
         process.kill()
+        _end_session(process.pid)
         process.wait()
         address.unlink(missing_ok=True)
+
+
+def _end_session(leader: int) -> None:
+    """Ends the workers that are left of a session. Ray is gone by now, and one that was only just forked may look for
+    it for another minute."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == leader != pid:
+                os.kill(pid, signal.SIGKILL)
