@@ -105,6 +105,7 @@ def _adopt(descriptors: Sequence[int]) -> None:
 def become(request: dict[str, Any], added: dict[str, str]) -> None:
     """Turns this process into the worker: its surroundings, then its script. `added` are variables that imports have
     set; the worker's own win."""
+    os.setpgid(0, 0)  # as Ray's own workers have: it ends a worker's whole group
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked_signals"])
