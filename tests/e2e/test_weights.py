@@ -152,6 +152,7 @@ def test_whoever_is_killed_on_the_way_through_a_bucket_leaves_the_same_bits_and_
 @pytest.mark.vllm
 @pytest.mark.s3
 def test_a_vllm_engine_fed_through_a_bucket_refuses_every_damage_and_the_run_goes_on(tmp_path: Path) -> None:
+    """An engine that is not behind has answered every version with the learner's digest of it."""
     (tmp_path / "once").mkdir()
     with served_bucket() as bucket:
         run = trained(
