@@ -1,6 +1,6 @@
 """Deltas of weights: how small they are, and how fast they are made and applied, on the CPU.
 
-    python -m tests.benchmarks.bench_kernels [--quick] [--out bench.json]
+    python -m tests.benchmarks.bench_kernels [--quick] [--encoder] [--out bench.json]
 
 Sizes are those of Adam-like updates of normal weights, against the dense bf16 tensor and against the entropy of
 independent changes. Times are of both sides in turns in one process, on as many threads as torch uses; the rival of
@@ -260,15 +260,19 @@ def overlapping(side: int, rounds: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer turns")
+    parser.add_argument("--encoder", action="store_true", help="only how fast deltas are made")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     given = parser.parse_args()
     numel, rounds = (4_000_000, 3) if given.quick else (32_000_000, 9)
-    rows = [*sizes(numel // 4), *speeds(numel, rounds), applying(rounds)]
-    rows += [row for density in DENSITIES for row in encoding(numel, density, rounds)]
-    rows += overlapping(256 if given.quick else 1024, rounds)
-    append_rows(given.out, rows)
-    print(table([asdict(row) for row in rows]))
-    for row in rows[8:]:
+    sized: list[Row] = []
+    timed: list[Row] = []
+    if not given.encoder:
+        sized = sizes(numel // 4)
+        timed = [*speeds(numel, rounds), applying(rounds), *overlapping(256 if given.quick else 1024, rounds)]
+    timed += [row for density in DENSITIES for row in encoding(numel, density, rounds)]
+    append_rows(given.out, sized + timed)
+    print(table([asdict(row) for row in sized + timed]))
+    for row in timed:
         print(f"{row.name}: {row.detail}")
 
 

@@ -150,19 +150,25 @@ def test_whoever_is_killed_on_the_way_through_a_bucket_leaves_the_same_bits_and_
 
 
 @pytest.mark.vllm
-def test_a_vllm_engine_refuses_every_damage_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.s3
+def test_a_vllm_engine_fed_through_a_bucket_refuses_every_damage_and_the_run_goes_on(tmp_path: Path) -> None:
+    """An engine that is not behind has answered every version with the learner's digest of it."""
     (tmp_path / "once").mkdir()
-    run = trained(
-        tmp_path / "run",
-        *("broadcast.delta=auto", "rollout.engine=vllm", "rollout.workers=1"),
-        *("stages.rl.model.hidden=64", "stages.rl.steps=4"),
-        # One engine passes these points less often than two.
-        TREADLE_FAILPOINTS=";".join([*FAULTS[:3], "broadcast.lost_write=corrupt@2"]),
-        TREADLE_FAILPOINTS_ONCE=str(tmp_path / "once"),
-    )
+    with served_bucket() as bucket:
+        run = trained(
+            tmp_path / "run",
+            *("broadcast.delta=auto", "broadcast.transport=url", f"broadcast.url={bucket.url}"),
+            *("rollout.engine=vllm", "rollout.workers=1", "stages.rl.model.hidden=64", "stages.rl.steps=4"),
+            # One engine passes these points less often than two.
+            TREADLE_FAILPOINTS=";".join([*FAULTS[:3], "broadcast.lost_write=corrupt@2"]),
+            TREADLE_FAILPOINTS_ONCE=str(tmp_path / "once"),
+        )
+        assert open_store(bucket.url).files() == {}
     assert len(list((tmp_path / "once").iterdir())) == len(FAULTS), "a fault did not happen"
     rows = metrics_of(run)
     assert len(rows) == 4
     assert sum(row[names.WEIGHTS_REFUSED] for row in rows) >= len(FAULTS)
     assert all(row[names.WEIGHTS_BEHIND] == 0 for row in rows)
+    assert any(row[names.WEIGHTS_BY_DELTA] for row in rows)
+    print("engine against learner:", [row[names.MISMATCH_MAX] for row in rows])
     assert max(row[names.MISMATCH_MAX] for row in rows) < 0.1

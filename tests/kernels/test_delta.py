@@ -81,6 +81,7 @@ def test_compiled_encoders_write_the_bytes_that_the_twin_writes(
         (0.004, 1),
         (0.02, 2),
         (0.11, 9),
+        (0.2, 9),
         (0.4, 300 if dtype.itemsize > 1 else 3),
         (1, 1),
     ):

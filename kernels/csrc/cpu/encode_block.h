@@ -1,6 +1,6 @@
 // Encodes one block; included by loops.cpp inside its namespace.
 
-constexpr int64_t MANY = SEGMENT / 64;  // changes in a segment from which whole vectors are faster than single bits
+constexpr int64_t MANY = SEGMENT / 512;  // changes in a segment from which whole vectors are faster than single bits
 constexpr int64_t RICE_BITS_FIXED = 2 * RICE_LIMIT + DISTANCE_BITS + 1;  // of a change, besides its magnitude
 
 // A block whose changes are being counted. S: steps.
@@ -41,7 +41,8 @@ struct Block {
         for (int64_t g = 0; g < segments(); ++g) {
             Segment<T> part = segment(g);
             bool many = e.found > MANY;  // neighbours are alike
-            e.found = (many ? list_many<T, STEPS> : list_few<T, STEPS>)(part, e.positions + m, elements + m, ahead);
+            e.found = many ? list_many<T, STEPS>(part, e.found, e.positions + m, elements + m)
+                           : list_few<T, STEPS>(part, e.positions + m, elements + m);
             e.ends[g] = m += e.found;
         }
         counts.changed = m;

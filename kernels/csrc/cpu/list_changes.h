@@ -15,20 +15,21 @@ struct SignedOf<uint32_t> {
     typedef int32_t Type;
 };
 
-// Fetches the next block into the cache, line by line, while the work on this one leaves memory idle.
+// Fetches the next block into the cache, line by line, while the codes of this one are computed. Only `prefetcht0` does
+// it: what is meant for outer caches is dropped by some processors where the page's address is not at hand.
 struct Ahead {
     const char *now, *before;
-    int64_t at, end;
+    int64_t left;
 
     explicit Ahead(const Source& next)
-        : now(next.now), before(next.before ? next.before : next.now), at(0), end(next.n * next.width) {}
+        : now(next.now), before(next.before), left(next.before ? next.n * next.width : 0) {}
     // A few lines more than there are do no harm.
     template <int LINES>
     void step() {
-        if (at >= end) return;
-        for (int i = 0; i < LINES; ++i, at += 64) {
-            __builtin_prefetch(now + at, 0, 2);
-            __builtin_prefetch(before + at, 0, 2);
+        if (left <= 0) return;
+        for (int i = 0; i < LINES; ++i, now += 64, before += 64, left -= 64) {
+            __builtin_prefetch(now, 0, 3);
+            __builtin_prefetch(before, 0, 3);
         }
     }
 };
@@ -41,6 +42,14 @@ struct Segment {
     int64_t n;
     int base;  // position of its first element in the block
 
+    // Wherever a page begins: touches one that comes later, whose address is then at hand. The processor fetches lines
+    // by itself, but its look ahead ends with a page. What lies beyond the tensor is not read.
+    void look_ahead(int64_t at) const {
+        constexpr int64_t page = 4096 / sizeof(T), pages = 8;
+        if (at % page) return;
+        __builtin_prefetch(now + at + pages * page, 0, 3);
+        if (before) __builtin_prefetch(before + at + pages * page, 0, 3);
+    }
     // The changes among the 32 elements from `at` on.
     uint32_t word(int64_t at) const {
         if (!before) return dirty[at / 32];
@@ -80,10 +89,10 @@ void list_elements(const Segment<T>& s, const uint16_t* positions, int64_t m, T*
 // Bit by bit, while memory is waited for: right where few elements change, and where there are no instructions for
 // more. Returns the number of changes.
 template <class T, bool STEPS>
-int64_t list_few(const Segment<T>& s, uint16_t* positions, T* elements, Ahead& ahead) {
+int64_t list_few(const Segment<T>& s, uint16_t* positions, T* elements) {
     int64_t m = 0;
     for (int64_t at = 0; at < s.n; at += 64) {
-        ahead.step<1>();
+        s.look_ahead(at);
         uint64_t word = at + 64 <= s.n ? s.word(at) | (uint64_t)s.word(at + 32) << 32 : s.last_words(at);
         m += list_word(word, s.base + (int)at, positions + m);
     }
@@ -131,13 +140,22 @@ inline Elements<T> load_steps(const T* before, const T* now) {
 }
 
 // Writes those of 32 elements whose bit is set one after the other, and whatever comes next: compressed in a register
-// and stored as a whole, since some processors take a hundred times as long to compress into memory.
+// and stored from there, since some processors take a hundred times as long to compress into memory. `LANES` are
+// stored: what is stored in vain costs as much as the rest, above all where it reaches into another cache line.
+template <int LANES>
 inline void keep(uint32_t word, Elements<uint8_t> from, uint8_t* to) {
-    _mm256_storeu_si256((__m256i*)to, _mm256_maskz_compress_epi8(word, (__m256i)from));
+    __m256i kept = _mm256_maskz_compress_epi8(word, (__m256i)from);
+    if (LANES <= 16) _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(kept));
+    else _mm256_storeu_si256((__m256i*)to, kept);
 }
+template <int LANES>
 inline void keep(uint32_t word, Elements<uint16_t> from, uint16_t* to) {
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(word, (__m512i)from));
+    __m512i kept = _mm512_maskz_compress_epi16(word, (__m512i)from);
+    if (LANES <= 8) _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(kept));
+    else if (LANES <= 16) _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(kept));
+    else _mm512_storeu_si512(to, kept);
 }
+template <int LANES>
 inline void keep(uint32_t word, const Elements<uint32_t>& from, uint32_t* to) {
     __m512i halves[2];
     memcpy(halves, &from, sizeof halves);
@@ -146,28 +164,43 @@ inline void keep(uint32_t word, const Elements<uint32_t>& from, uint32_t* to) {
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16)(word >> 16), halves[1]));
 }
 
-// 32 elements at a time, without a branch.
-template <class T, bool STEPS>
-int64_t list_many(const Segment<T>& s, uint16_t* positions, T* elements, Ahead& ahead) {
+// 32 elements at a time; of them seldom more than LANES changed. Elements are loaded before `word` writes the bitmap:
+// the compiler would load them again afterwards.
+template <class T, bool STEPS, int LANES>
+int64_t list_vectors(const Segment<T>& s, uint16_t* positions, T* elements) {
     Elements<uint16_t> places;
     for (int i = 0; i < 32; ++i) places[i] = (uint16_t)(s.base + i);
     int64_t m = 0, at = 0;
     for (; at + 32 <= s.n; at += 32, places += 32) {
-        ahead.step<1>();
-        uint32_t word = s.word(at);
+        s.look_ahead(at);
         Elements<T> found = STEPS ? load_steps(s.before + at, s.now + at) : load_elements(s.now + at);
-        keep(word, places, positions + m);
-        keep(word, found, elements + m);
-        m += __builtin_popcount(word);
+        uint32_t word = s.word(at);
+        int bits = __builtin_popcount(word);
+        if (bits <= LANES) {
+            keep<LANES>(word, places, positions + m);
+            keep<LANES>(word, found, elements + m);
+        } else {
+            keep<32>(word, places, positions + m);
+            keep<32>(word, found, elements + m);
+        }
+        m += bits;
     }
     if (at == s.n) return m;
     int64_t rest = list_word(s.last_words(at), s.base + (int)at, positions + m);
     list_elements<T, STEPS>(s, positions + m, rest, elements + m);
     return m + rest;
 }
+
+// Without a branch that is hard to predict where about `expected` elements of a segment change.
+template <class T, bool STEPS>
+int64_t list_many(const Segment<T>& s, int64_t expected, uint16_t* positions, T* elements) {
+    if (expected < SEGMENT / 8) return list_vectors<T, STEPS, 8>(s, positions, elements);
+    if (expected < SEGMENT / 3) return list_vectors<T, STEPS, 16>(s, positions, elements);
+    return list_vectors<T, STEPS, 32>(s, positions, elements);
+}
 #else
 template <class T, bool STEPS>
-int64_t list_many(const Segment<T>& s, uint16_t* positions, T* elements, Ahead& ahead) {
-    return list_few<T, STEPS>(s, positions, elements, ahead);
+int64_t list_many(const Segment<T>& s, int64_t, uint16_t* positions, T* elements) {
+    return list_few<T, STEPS>(s, positions, elements);
 }
 #endif

@@ -96,21 +96,20 @@ struct BitWriter {
     static constexpr int MOST = 56;
 
     uint8_t* out;
-    uint64_t pending = 0;
-    int filled = 0;
+    uint64_t pending = 0, filled = 0;
 
     // Up to MOST bits; writes eight bytes, of which the unfinished ones are written again.
-    void append(uint64_t code, int bits) {
+    void append(uint64_t code, uint64_t bits) {
         pending |= code << filled;
         memcpy(out, &pending, 8);
         filled += bits;
         out += filled >> 3;
-        pending >>= filled & ~7;
+        pending >>= filled & ~7ull;
         filled &= 7;
     }
     // Pads with ones up to a whole byte.
     void close() {
-        if (filled) *out++ = (uint8_t)(pending | 0xFFu << filled);
+        if (filled) *out++ = (uint8_t)(pending | 0xFFull << filled);
     }
 };
 
@@ -121,7 +120,8 @@ __attribute__((noinline)) BitWriter append_changes(BitWriter bits, const uint16_
     constexpr int raw = 8 * sizeof(S);
     for (int64_t i = 0; i < m; ++i) {
         uint32_t size = magnitude_of(steps[i]);
-        int head = rice_bits(distances[i], r.k, DISTANCE_BITS), tail = rice_bits(size, r.j, raw);
+        uint32_t head = (uint32_t)rice_bits(distances[i], r.k, DISTANCE_BITS);
+        uint32_t tail = (uint32_t)rice_bits(size, r.j, raw);
         uint64_t first = rice_code(distances[i], r.k), second = rice_code(size, r.j) | (uint64_t)(steps[i] < 0) << tail;
         if (head + tail < BitWriter::MOST) {
             bits.append(first | second << head, head + tail + 1);
@@ -156,10 +156,11 @@ typedef __m256i Raw;
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
 
-// Codes of consecutive changes, two in each: neighbours are put together while their bits are shifted anyway. Where
-// `bits` is more than MOST, the code is not valid.
+// Codes of a run of changes, of two and of four neighbours together: fewer, longer codes are appended. Where `bits` is
+// more than MOST, the code is not valid. In memory, because elements of vectors are slow to get at otherwise.
+constexpr int64_t RUN = 256;
 struct Codes {
-    uint64_t code[LANES / 2], bits[LANES / 2];
+    alignas(64) uint64_t two[RUN / 2], bits_of_two[RUN / 2], four[RUN / 4], bits_of_four[RUN / 4];
 };
 
 // A short code of x is its lowest k bits after a 0 after x >> k ones:
@@ -167,7 +168,7 @@ struct Codes {
 constexpr uint32_t INVALID = 64;
 
 template <class S>
-TREADLE_HD void codes_of(const uint16_t* distances, const S* steps, Rice r, Codes* codes) {
+TREADLE_HD void codes_of(const uint16_t* distances, const S* steps, Rice r, Pairs* code, Pairs* bits) {
     constexpr uint32_t raw = 8 * sizeof(S), limit = RICE_LIMIT;
     constexpr uint64_t low = 0xFFFFFFFFu;
     uint32_t k = (uint32_t)r.k, j = (uint32_t)r.j;
@@ -186,25 +187,44 @@ TREADLE_HD void codes_of(const uint16_t* distances, const S* steps, Rice r, Code
     Pairs second = (Pairs)tail >> 32 << ((Pairs)head_bits >> 32) | (Pairs)negative >> 32 << ((Pairs)at_sign >> 32 & 63);
     first |= (Pairs)head & low;
     second |= (Pairs)head >> 32;
-    Pairs code = first | second << ((Pairs)all & 63), bits = ((Pairs)all & low) + ((Pairs)all >> 32);
-    memcpy(codes->code, &code, sizeof code);
-    memcpy(codes->bits, &bits, sizeof bits);
+    *code = first | second << ((Pairs)all & 63);
+    *bits = ((Pairs)all & low) + ((Pairs)all >> 32);
+}
+
+// Those of up to RUN changes. Lists are read to the end of a vector.
+template <class S>
+void codes_of_run(const uint16_t* distances, const S* steps, int64_t m, Rice r, Ahead& ahead, Codes* codes) {
+    Pairs even, odd, code[2], bits[2];
+    for (int i = 0; i < LANES / 2; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    for (int64_t i = 0; i < m; i += 2 * LANES) {
+        ahead.step<4>();
+        codes_of(distances + i, steps + i, r, &code[0], &bits[0]);
+        codes_of(distances + i + LANES, steps + i + LANES, r, &code[1], &bits[1]);
+        memcpy(codes->two + i / 2, code, sizeof code);
+        memcpy(codes->bits_of_two + i / 2, bits, sizeof bits);
+        Pairs shift = __builtin_shuffle(bits[0], bits[1], even);
+        Pairs sum = shift + __builtin_shuffle(bits[0], bits[1], odd);
+        Pairs four = __builtin_shuffle(code[0], code[1], odd) << (shift & 63);
+        four |= __builtin_shuffle(code[0], code[1], even);
+        memcpy(codes->four + i / 4, &four, sizeof four);
+        memcpy(codes->bits_of_four + i / 4, &sum, sizeof sum);
+    }
 }
 
 template <class S>
-TREADLE_HD void append_lanes(BitWriter& bits, const uint16_t* distances, const S* steps, Rice r) {
+TREADLE_HD void append_fours(BitWriter& bits, const uint16_t* distances, const S* steps, int64_t fours, Rice r,
+                             Ahead& ahead) {
     Codes of;
-    codes_of(distances, steps, r, &of);
-#pragma GCC unroll 4
-    for (int i = 0; i < LANES / 2; i += 2) {
-        uint64_t first = of.bits[i], second = of.bits[i + 1];
-        if (first + second <= BitWriter::MOST) {
-            bits.append(of.code[i] | of.code[i + 1] << first, (int)(first + second));
+    codes_of_run(distances, steps, 4 * fours, r, ahead, &of);
+    for (int64_t i = 0; i < fours; ++i) {
+        uint64_t first = of.bits_of_two[2 * i], second = of.bits_of_two[2 * i + 1];
+        if (of.bits_of_four[i] <= BitWriter::MOST) {
+            bits.append(of.four[i], of.bits_of_four[i]);
         } else if (first <= BitWriter::MOST && second <= BitWriter::MOST) {
-            bits.append(of.code[i], (int)first);
-            bits.append(of.code[i + 1], (int)second);
+            bits.append(of.two[2 * i], first);
+            bits.append(of.two[2 * i + 1], second);
         } else {
-            bits = append_changes(bits, distances + 2 * i, steps + 2 * i, 4, r);
+            bits = append_changes(bits, distances + 4 * i, steps + 4 * i, 4, r);
         }
     }
 }
@@ -216,10 +236,8 @@ uint8_t* put_stream(uint8_t* out, const uint16_t* distances, const S* steps, int
     BitWriter bits{out};
     int64_t i = 0;
 #if defined(__AVX2__)
-    for (; i + LANES <= m; i += LANES) {
-        ahead.step<4>();
-        append_lanes(bits, distances + i, steps + i, r);
-    }
+    for (int64_t some; (some = (m - i < RUN ? m - i : RUN) / 4); i += 4 * some)
+        append_fours(bits, distances + i, steps + i, some, r, ahead);
 #else
     (void)ahead;
 #endif
