@@ -23,6 +23,9 @@ _DEFAULTS = {
     # On a crowded machine the node's agents take longer than the 15 s after which Ray's node gives up on
     # them.
     "RAY_agent_register_timeout_ms": "60000",
+    # A frozen process keeps its CPUs and GPU from its successor until Ray kills it, by default 5 s after it was told to
+    # end.
+    "RAY_kill_worker_timeout_milliseconds": "1000",
 }
 
 NO_PRESTART = {"RAY_prestart_worker_first_driver": "0"}
