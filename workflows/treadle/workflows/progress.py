@@ -68,7 +68,8 @@ def _running(folder: RunFolder, state: Mapping[str, Any]) -> tuple[str, str]:
     if not here(state):
         quiet_s = silent_s(folder, state)
         word = SILENT if quiet_s > SILENT_S else "running"
-        if state.get("controller") and quiet_s > ASK_AFTER_S:
+        since_s = quiet_s or time.time() - float(state.get("started_unix_s", 0.0))
+        if state.get("controller") and since_s > ASK_AFTER_S:
             return _asked_for(folder, word)
         return word, ""
     if not alive(int(state.get("pid", 0))):
