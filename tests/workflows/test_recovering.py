@@ -25,9 +25,9 @@ from treadle.platform.errors import (
     Interrupted,
     LearnerError,
     RefusedError,
-    RolloutError,
     TreadleError,
 )
+from treadle.platform.memory import REMEDIES
 from treadle.workflows import commands, detached, recovering
 from treadle.workflows.configs import PretrainConfig, SftConfig
 from treadle.workflows.progress import holder
@@ -188,31 +188,32 @@ def test_refused_updates_get_new_ranks_although_the_old_ones_answer(
     assert run.crew.replaced == 1
 
 
-NO_MEMORY = "learner.step 5: rank 1 ran out of memory (MemoryError; node 1a2b3c4d)."
+NO_MEMORY = "learner.step 5: rank 1 ran out of memory (MemoryError; node 1a2b3c4d).", REMEDIES["learner"]
 
 
 def test_ranks_that_ran_out_of_memory_start_again_with_half_until_one_sequence_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = PlainRun(tmp_path)
-    play(run, monkeypatch, LearnerError(NO_MEMORY), BroadcastError(NO_MEMORY), same_step=1)
+    play(run, monkeypatch, LearnerError(*NO_MEMORY), BroadcastError(*NO_MEMORY), same_step=1)
     assert run.crew.trail == ["lower to 36", "start ranks", "lower to 32", "start ranks"]
     assert [(one.before, one.after) for one in run.back_offs] == [(72, 36), (36, 32)]
     again = PlainRun(tmp_path)
     with pytest.raises(LearnerError) as stopped:
-        play(again, monkeypatch, *[LearnerError(NO_MEMORY, "Lower it.")] * 3)
+        play(again, monkeypatch, *[LearnerError(*NO_MEMORY)] * 3)
     assert stopped.value.message == (
-        f"{NO_MEMORY} Not mended: memory has run out 3 times after step 4, and "
+        f"{NO_MEMORY[0]} Not mended: memory has run out 3 times after step 4, and "
         "learner.max_tokens_per_microbatch=32 stays in force for the learner: it is down to one longest sequence."
     )
-    assert stopped.value.remedy == "Lower it."
+    assert stopped.value.remedy == REMEDIES["learner"]
 
 
 def test_a_lack_of_memory_elsewhere_leaves_the_learner_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = PlainRun(tmp_path)
-    play(run, monkeypatch, RolloutError("rollout: its node ran out of memory."), LearnerError("rank 1 died"))
+    coordinator = BroadcastError("the weight coordinator has died (its node ran out of memory).", "Move it.")
+    play(run, monkeypatch, coordinator, LearnerError("rank 1 died"))
     assert (run.crew.trail, run.back_offs) == (["start ranks"] * 2, [])
 
 

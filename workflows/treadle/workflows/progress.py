@@ -29,7 +29,7 @@ SILENT = "silent"
 """The state of a run whose driver, on another machine, writes nothing any more: it is dead, frozen or cut off."""
 SILENT_S = 60.0
 """`roles.json` is written every few seconds."""
-ASK_AFTER_S = 8.0
+ASK_AFTER_S = 7.0
 """A controller elsewhere that has written nothing for so long is asked for."""
 
 

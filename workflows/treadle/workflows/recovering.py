@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from treadle.cluster.recovery import Action, Failure, RecoveryPolicy
-from treadle.platform.errors import BroadcastError, Interrupted, LearnerError, RefusedError, TreadleError
-from treadle.platform.memory import PHRASE
+from treadle.platform.errors import Interrupted, RefusedError, TreadleError
+from treadle.platform.memory import PHRASE, REMEDIES
 from treadle.workflows.configs import PretrainConfig, StageConfig
 from treadle.workflows.outputs import StageOutput
 from treadle.workflows.recipe import Recipe
@@ -73,11 +73,9 @@ async def _mend(
 
 
 def _out_of_memory(error: TreadleError, broken: frozenset[str]) -> bool:
-    """Whether ranks are broken because memory ran out. The coordinator says it of a rank that ended while it published;
-    an error of the engines is about theirs."""
-    return (
-        "learner" in broken and isinstance(error, LearnerError | BroadcastError) and PHRASE in error.message
-    )
+    """Whether ranks are broken because they ran out of memory: in a call, or while they published. What the engines or
+    the coordinator say of theirs comes with another remedy."""
+    return "learner" in broken and PHRASE in error.message and error.remedy == REMEDIES["learner"]
 
 
 def longest_tokens(recipe: Recipe, config: StageConfig) -> int:
