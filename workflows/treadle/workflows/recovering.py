@@ -6,7 +6,7 @@ import time
 
 from treadle.cluster.recovery import Action, Failure, RecoveryPolicy
 from treadle.platform.errors import Interrupted, RefusedError, TreadleError
-from treadle.platform.memory import PHRASE, REMEDIES
+from treadle.platform.memory import AT_THE_FLOOR, PHRASE, REMEDIES
 from treadle.workflows.configs import PretrainConfig, StageConfig
 from treadle.workflows.outputs import StageOutput
 from treadle.workflows.recipe import Recipe
@@ -48,7 +48,9 @@ async def _mend(
         if decision.action is Action.STOP:
             if not decision.reason:
                 raise error
-            raise type(error)(f"{error.message} Not mended: {decision.reason}", error.remedy) from error
+            least = lever is not None and lever.now <= lever.least
+            remedy = AT_THE_FLOOR if least else error.remedy
+            raise type(error)(f"{error.message} Not mended: {decision.reason}", remedy) from error
         cause = f"{type(error).__name__}: {error.message}"
         await record_failure(run, error)
         run.tracker.say(f"{name}: {cause} {decision.reason}; going back to the newest commit")
