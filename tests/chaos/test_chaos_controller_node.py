@@ -71,6 +71,7 @@ def test_row_07_the_node_of_a_detached_controller_is_lost_and_the_run_resumed(
         assert ": killed, attempt 1" in status.out, status
         assert "its node died" in status.out, status
         assert f"treadle resume {run.folder} --detach" in status.out
+        assert run.all_gone(), run.program.survivors()
         resumed = time.time()
         ended = told(cluster, "resume", str(run.folder), "--detach")
         assert ended.code == 0, ended

@@ -127,10 +127,19 @@ def test_a_cluster_that_does_not_answer_either_is_named_with_what_to_do(
 
     monkeypatch.setattr(detached, "lost", gone)
     run.set_state(state="running", pid=1, host="elsewhere", attempts=1, controller=CONTROLLER)
-    run.set_state(started_unix_s=1000.0)
+    run.set_state(started_unix_s=time.time() - 10)
+    found = inspection.status(run.path)
+    assert found["state"] == "running", "it may be, and only this command lacks a token"
+    assert "continue with" not in found["text"]
+    run.set_state(started_unix_s=0.0)
+    (run.path / "roles.json").write_text('{"unix_s": 0, "driver": {}, "roles": {}}')
+    os.utime(run.path / "roles.json", (1000, 1000))
     found = inspection.status(run.path)
     assert found["state"] == "silent"
-    assert "; No Ray cluster answers at cluster.address=10.0.0.1:6379 (refused)" in found["text"]
+    assert (
+        "; whether it lives cannot be found out: No Ray cluster answers at cluster.address=10.0.0.1:6379 (refused)"
+        in found["text"]
+    )
     assert f"continue with: treadle resume {run.path} --take-over" in found["text"]
 
 

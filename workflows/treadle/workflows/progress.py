@@ -78,13 +78,14 @@ def _running(folder: RunFolder, state: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _asked_for(folder: RunFolder, otherwise: str) -> tuple[str, str]:
-    """The head of its cluster knows what became of a controller."""
+    """The head of its cluster knows what became of a controller; where it does not answer, or wants a token, nothing is
+    concluded from that."""
     from treadle.workflows.detached import lost
 
     try:
         cause = lost(folder)
     except ClusterError as error:
-        return SILENT, error.message.rstrip(".")
+        return otherwise, f"whether it lives cannot be found out: {error.message.rstrip('.')}"
     return (KILLED, cause) if cause else (otherwise, "")
 
 
