@@ -242,14 +242,15 @@ class Crew:
         return frozenset({"learner"} if await self._learner.examine() else ())
 
     def lever(self, longest_tokens: int) -> Lever:
-        """What may be lowered where the learner has run out of memory; `longest_tokens` are those of a sequence."""
-        configured = self._microbatch_tokens
+        """What may be lowered where the learner has run out of memory; `longest_tokens` are those of a sequence. A
+        setting above all that a rank's step had is in force as that much: half of it is less for sure."""
+        configured, now = self._microbatch_tokens, self._recipe.learner.max_tokens_per_microbatch
         return Lever(
             role="learner",
             name="the learner",
             setting=MICROBATCH,
             configured=configured,
-            now=self._learner.tokens_in_force,
+            now=min(now, self._learner.row_tokens or now),
             least=min(configured, longest_tokens),
             why_least="it is down to one longest sequence",
         )

@@ -65,11 +65,9 @@ class LearnerGroup:
         return {rank: actor for rank, actor in enumerate(self._actors) if rank not in self._silent}
 
     @property
-    def tokens_in_force(self) -> int:
-        """Most tokens that a rank takes into one forward pass: the setting, or all that the last step had for a rank,
-        where that is less."""
-        config: GroupConfig = self._config if self._spec is None else self._spec.config
-        return min(config.max_tokens_per_microbatch, self._row_tokens or config.max_tokens_per_microbatch)
+    def row_tokens(self) -> int:
+        """Tokens of the whole sequences that the last step had for the rank with most of them; 0 before the first."""
+        return self._row_tokens
 
     async def phases(self) -> list[str]:
         """What each rank says it is doing, rank 0 first; nothing where it does not answer within a few seconds."""
