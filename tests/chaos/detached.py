@@ -36,8 +36,7 @@ def told(cluster: RunningCluster, *words: str, **environment: str) -> Ended:
 
 
 class Detached:
-    """A detached tiny run that is held in its third step, after its first commit, and its first client, `within` whose
-    words the controller starts, too: it is on the client's machine."""
+    """A detached tiny run that is held in its third step, after its first commit, and its first client."""
 
     def __init__(
         self,
@@ -45,7 +44,6 @@ class Detached:
         folder: Path,
         *settings: str,
         faults: str = HELD,
-        within: tuple[str, ...] = (),
     ) -> None:
         self.cluster, self.folder, self._log = cluster, folder / "run", (folder / "client.log").open("w+")
         where = ("--address", cluster.address, "--detach", "--dir", str(self.folder))
@@ -53,7 +51,6 @@ class Detached:
         self.program = Program(
             words=("run", str(TINY), WITH_PROMPTS, *settings, *where),
             environment=environment,
-            within=within,
         )
         self.client: subprocess.Popen[str] = self.program.start_into(self._log)
 
