@@ -36,7 +36,8 @@ def told(cluster: RunningCluster, *words: str, **environment: str) -> Ended:
 
 
 class Detached:
-    """A detached tiny run that is held in its third step, after its first commit, and its first client."""
+    """A detached tiny run that is held in its third step, after its first commit, and its first client. `within` are
+    words in front of the client's command: the machine it is on."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Detached:
         folder: Path,
         *settings: str,
         faults: str = HELD,
+        within: tuple[str, ...] = (),
     ) -> None:
         self.cluster, self.folder, self._log = cluster, folder / "run", (folder / "client.log").open("w+")
         where = ("--address", cluster.address, "--detach", "--dir", str(self.folder))
@@ -51,6 +53,7 @@ class Detached:
         self.program = Program(
             words=("run", str(TINY), WITH_PROMPTS, *settings, *where),
             environment=environment,
+            within=within,
         )
         self.client: subprocess.Popen[str] = self.program.start_into(self._log)
 
