@@ -72,6 +72,16 @@ class Detached:
                 psutil.Process(self.pid).kill()
         self._log.close()
 
+    def begin(self) -> None:
+        """Waits until the folder says which controller runs it."""
+        file = self.folder / "run.json"
+
+        def said() -> bool:
+            return file.exists() and bool(self.state.get("controller"))
+
+        assert wait_until(lambda: said() or self.client.poll() is not None, 300), self.said()
+        assert said(), self.said()
+
     @property
     def state(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "run.json").read_text()))
