@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 BIN = Path(sys.executable).parent
+_GIVEN: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +136,17 @@ def start_node(cluster: RunningCluster, node: Node, name: str, **settings: str) 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
+    """Ports nobody listens on, none of which this process was given before: who has it may not listen there yet."""
+    sockets: list[socket.socket] = []
+    found: list[int] = []
+    while len(found) < count:
+        sockets.append(socket.create_server(("127.0.0.1", 0)))
+        if (port := sockets[-1].getsockname()[1]) not in _GIVEN:
+            _GIVEN.add(port)
+            found.append(port)
     for s in sockets:
         s.close()
-    return ports
+    return found
 
 
 def _start(

@@ -42,6 +42,8 @@ class FakeEngine:
         self.version = version
         self.weights = torch.linspace(-1.0, 1.0, self.VOCABULARY)
         self.fail_at_step = -1
+        self.most_slots = config.slots  # with more it runs out of memory when it draws
+        self.slots_matter = False
         self.poison = ""  # the id of a prompt that ends the engine in the middle of its course
         self.steps = 0
         self._config = config
@@ -63,6 +65,8 @@ class FakeEngine:
         self.steps += 1
         if self.steps == self.fail_at_step:
             raise MemoryError("the fake engine ran out of memory")
+        if self._config.slots > self.most_slots:
+            raise MemoryError(f"the fake engine has memory for {self.most_slots} slots")
         if any(row[0].prompt.id == self.poison and len(row[2]) == 2 for row in self._rows):
             raise MemoryError("the fake engine choked")
         for issue, index, tokens, logprobs, _ in self._rows:
@@ -175,8 +179,9 @@ def local_launch(
 ) -> Launch:
     """Starts workers in this process and appends each to `found`."""
 
-    def launch(name: str) -> LocalWorker:
-        found.append(LocalWorker(RolloutWorker(name, config, build=build)))
+    def launch(name: str, slots: int) -> LocalWorker:
+        sized = dataclasses.replace(config, slots=slots)
+        found.append(LocalWorker(RolloutWorker(name, sized, build=build)))
         return found[-1]
 
     return launch

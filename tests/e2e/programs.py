@@ -54,6 +54,8 @@ class Program:
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path = REPOSITORY
+    within: tuple[str, ...] = ()
+    """Words in front of the command, for a network or a memory of its own."""
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def surroundings(self) -> dict[str, str]:
@@ -69,7 +71,7 @@ class Program:
 
     def _started(self, output: int | IO[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(TREADLE), *self.words],
+            [*self.within, str(TREADLE), *self.words],
             env=self.surroundings(),
             cwd=self.folder,
             stdout=output,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.actors.rollout.tiny_models import write_model
 
-from treadle.platform.errors import ConfigError, DataError
+from treadle.platform.errors import ClusterError, ConfigError, DataError
 from treadle.platform.ledger import Ledger
 from treadle.platform.tracking import RunTracker, TrackingConfig
-from treadle.workflows import inspection
+from treadle.workflows import detached, inspection
 from treadle.workflows.export import export_model, folder_digest
 from treadle.workflows.folder import RunFolder
 from treadle.workflows.outputs import StageOutput, record
@@ -91,6 +93,68 @@ def test_a_detached_run_says_where_its_controller_is_and_since_when(run: RunFold
     assert "node-3, ran it on" in inspection.status(run.path)["text"]
     run.set_state(controller=None)
     assert "detached: " not in inspection.status(run.path)["text"]
+
+
+def test_a_silent_controller_elsewhere_is_asked_for_where_its_cluster_still_answers(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def lost(folder: RunFolder) -> str:
+        asked.append(str(folder.path))
+        return "its node died"
+
+    monkeypatch.setattr(detached, "lost", lost)
+    run.set_state(state="running", pid=1, host="elsewhere", attempts=1, controller=CONTROLLER)
+    run.set_state(started_unix_s=time.time())
+    assert inspection.status(run.path)["state"] == "running"
+    assert asked == [], "it has only just begun"
+    run.set_state(started_unix_s=time.time() - 10)
+    found = inspection.status(run.path)
+    assert found["state"] == "killed"
+    assert "node-3, ran it on the cluster at 10.0.0.1:6379 since" in found["text"]
+    assert "; its node died, and what belonged to it ended with it" in found["text"]
+    assert f"continue with: treadle resume {run.path} --detach" in found["text"]
+    monkeypatch.setattr(detached, "lost", lambda folder: "")
+    assert inspection.status(run.path)["state"] == "running", "its head knows nothing bad of it"
+
+
+def test_a_cluster_that_does_not_answer_either_is_named_with_what_to_do(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(folder: RunFolder) -> str:
+        raise ClusterError("No Ray cluster answers at cluster.address=10.0.0.1:6379 (refused).")
+
+    monkeypatch.setattr(detached, "lost", gone)
+    run.set_state(state="running", pid=1, host="elsewhere", attempts=1, controller=CONTROLLER)
+    run.set_state(started_unix_s=time.time() - 10)
+    found = inspection.status(run.path)
+    assert found["state"] == "running", "it may be, and only this command lacks a token"
+    assert "continue with" not in found["text"]
+    run.set_state(started_unix_s=0.0)
+    (run.path / "roles.json").write_text('{"unix_s": 0, "driver": {}, "roles": {}}')
+    os.utime(run.path / "roles.json", (1000, 1000))
+    found = inspection.status(run.path)
+    assert found["state"] == "silent"
+    assert (
+        "; whether it lives cannot be found out: No Ray cluster answers at cluster.address=10.0.0.1:6379 (refused)"
+        in found["text"]
+    )
+    assert f"continue with: treadle resume {run.path} --take-over" in found["text"]
+
+
+def test_what_was_lowered_for_want_of_memory_is_shown(run: RunFolder) -> None:
+    run.set_state(state="running", pid=os.getpid(), attempts=1)
+    seen = {
+        "unix_s": 0,
+        "driver": {"stage": "rl", "step": 1, "doing": "learn", "for_s": 1.0},
+        "sizes": {"rollout.workers": 2},
+        "roles": {},
+        "lowered": {"rollout-1": "rollout.slots=8, the recipe says 16"},
+    }
+    (run.path / "roles.json").write_text(json.dumps(seen))
+    said = inspection.status(run.path)["text"]
+    assert "memory ran out: rollout-1 has rollout.slots=8, the recipe says 16" in said
 
 
 def test_a_run_of_another_machine_is_silent_when_its_roles_say_nothing_any_more(run: RunFolder) -> None:

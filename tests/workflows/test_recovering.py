@@ -16,10 +16,22 @@ from typing import Any
 
 import pytest
 
+from treadle.actors.rollout.config import RolloutConfig
+from treadle.cluster.backoff import BackOff, Lever
 from treadle.cluster.recovery import RecoveryConfig, RecoveryPolicy
-from treadle.platform.errors import ConfigError, Interrupted, LearnerError, RefusedError, TreadleError
+from treadle.platform.errors import (
+    BroadcastError,
+    ConfigError,
+    Interrupted,
+    LearnerError,
+    RefusedError,
+    TreadleError,
+)
+from treadle.platform.memory import AT_THE_FLOOR, REMEDIES
 from treadle.workflows import commands, detached, recovering
+from treadle.workflows.configs import PretrainConfig, SftConfig
 from treadle.workflows.progress import holder
+from treadle.workflows.recipe import Recipe
 
 
 @dataclass
@@ -29,11 +41,29 @@ class PlainCrew:
     sick: frozenset[str] = frozenset({"learner"})
     replaced: int = 0
     stillborn: int = 0
+    microbatch: int = 72
+    trail: list[str] = field(default_factory=list)
+
+    def lever(self, longest_tokens: int) -> Lever:
+        return Lever(
+            role="learner",
+            name="the learner",
+            setting="learner.max_tokens_per_microbatch",
+            configured=8192,
+            now=self.microbatch,
+            least=longest_tokens,
+            why_least="it is down to one longest sequence",
+        )
+
+    def lower(self, back_off: BackOff) -> None:
+        self.microbatch = back_off.after
+        self.trail.append(f"lower to {back_off.after}")
 
     async def broken(self) -> frozenset[str]:
         return self.sick
 
     async def replace_broken(self) -> None:
+        self.trail.append("start ranks")
         self.replaced += 1
         if self.replaced <= self.stillborn:
             raise LearnerError(f"learner.start: rank 0 died, attempt {self.replaced}")
@@ -55,6 +85,8 @@ class PlainRun:
     path: Path
     crew: PlainCrew = field(default_factory=PlainCrew)
     recoveries: int = 0
+    recipe: Recipe = field(default_factory=lambda: Recipe(rollout=RolloutConfig(max_context_tokens=32)))
+    back_offs: list[BackOff] = field(default_factory=list)
     told: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -70,6 +102,9 @@ class PlainRun:
             redactor=redactor,
             mlflow=None,
         )
+
+    def lowered(self, back_off: BackOff) -> None:
+        self.back_offs.append(back_off)
 
     def step_of(self, stage: str) -> int:
         return 4
@@ -151,6 +186,41 @@ def test_refused_updates_get_new_ranks_although_the_old_ones_answer(
     run = PlainRun(tmp_path, PlainCrew(sick=frozenset()))
     play(run, monkeypatch, RefusedError("3 updates in a row were refused"))
     assert run.crew.replaced == 1
+
+
+NO_MEMORY = "learner.step 5: rank 1 ran out of memory (MemoryError; node 1a2b3c4d).", REMEDIES["learner"]
+
+
+def test_ranks_that_ran_out_of_memory_start_again_with_half_until_one_sequence_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path)
+    play(run, monkeypatch, LearnerError(*NO_MEMORY), BroadcastError(*NO_MEMORY), same_step=1)
+    assert run.crew.trail == ["lower to 36", "start ranks", "lower to 32", "start ranks"]
+    assert [(one.before, one.after) for one in run.back_offs] == [(72, 36), (36, 32)]
+    again = PlainRun(tmp_path)
+    with pytest.raises(LearnerError) as stopped:
+        play(again, monkeypatch, *[LearnerError(*NO_MEMORY)] * 3)
+    assert stopped.value.message == (
+        f"{NO_MEMORY[0]} Not mended: memory has run out 3 times after step 4, and "
+        "learner.max_tokens_per_microbatch=32 stays in force for the learner: it is down to one longest sequence."
+    )
+    assert stopped.value.remedy == AT_THE_FLOOR, "to lower it further does not help"
+
+
+def test_a_lack_of_memory_elsewhere_leaves_the_learner_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = PlainRun(tmp_path)
+    coordinator = BroadcastError("the weight coordinator has died (its node ran out of memory).", "Move it.")
+    play(run, monkeypatch, coordinator, LearnerError("rank 1 died"))
+    assert (run.crew.trail, run.back_offs) == (["start ranks"] * 2, [])
+
+
+def test_the_longest_sequence_of_a_stage_is_a_block_or_the_engines_context() -> None:
+    recipe = Recipe(rollout=RolloutConfig(max_context_tokens=96))
+    assert recovering.longest_tokens(recipe, PretrainConfig(block_tokens=64)) == 64
+    assert recovering.longest_tokens(recipe, SftConfig()) == 96
 
 
 def state_of(pid: int, host: str = "") -> dict[str, object]:

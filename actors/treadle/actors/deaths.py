@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from ray._private.state import actors
+from ray._private.state import GlobalState, actors
+from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
     ActorUnavailableError,
@@ -48,9 +51,27 @@ def death_of(actor_id: str) -> str:
     """What ended an actor that is gone, as far as the cluster's head remembers; empty if it does not. Ray has no public
     function for it that does without the dashboard."""
     try:
-        known = actors(actor_id)
+        return _cause(actors(actor_id))
     except (RayError, RuntimeError, ValueError):
         return ""
+
+
+def death_at(address: str, actor_id: str) -> str:
+    """The same, asked of the head at an address by a process that has no Ray, and need not be on one of its nodes. The
+    head must be known to answer."""
+    head = GlobalState()
+    head._initialize_global_state(
+        GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+    )
+    try:
+        return _cause(head.actor_table(actor_id))
+    except (RayError, RuntimeError, ValueError):
+        return ""
+    finally:
+        head.disconnect()
+
+
+def _cause(known: Mapping[str, Any]) -> str:
     if known.get("State") != "DEAD":
         return ""
     told = known["DeathCause"].actor_died_error_context

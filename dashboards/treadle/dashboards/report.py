@@ -31,6 +31,7 @@ _WORDS = {
     "skipped": "step skipped",
     "recovery": "mended",
     "replaced": "process replaced",
+    "oom_backoff": "setting lowered",
     "quarantined": "prompt set aside",
 }
 """Events that the table of failures lists, and what it calls them."""

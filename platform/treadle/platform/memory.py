@@ -19,6 +19,11 @@ REMEDIES = {
     "coordinator": "Put fewer processes on its node, or give it more memory.",
 }
 """By role."""
+AT_THE_FLOOR = (
+    "Set learner.activation_checkpointing=true, raise learner.zero or learner.ranks, shorten the longest sequences, or "
+    "give the learner's nodes more memory."
+)
+"""For a learner whose micro-batches cannot become smaller."""
 _WORDS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 _VIEWS = (("memory", "memory.oom_control"), ("", "memory.events"))
 """Of control groups, version 1 and 2: the controller's name, and the file that counts."""

@@ -44,3 +44,16 @@ def test_the_kernel_has_struck_where_a_neighbour_of_the_dead_rank_counts_one_mor
     assert not struck(before, [("a", 3), None, ("b", 1), ("b", 1)], [1]), "another node's"
     assert not struck(before, [None, None, ("b", 1), ("b", 1)], [0, 1]), "nobody is left to ask"
     assert not struck((), [("a", 4)], [0]), "the ranks had not met"
+
+
+def test_a_lack_of_memory_is_told_with_the_node_of_its_ranks() -> None:
+    nodes = ["0a" * 16, "1b" * 16]
+    alive = diagnose("step 4", [PEER, MemoryError()], "", nodes=nodes)
+    ended = diagnose("step 4", [PEER, OutOfMemoryError("killed")], "", nodes=nodes)
+    kernel = diagnose("step 4", [PEER, ActorDiedError()], "", struck=True, nodes=nodes)
+    assert alive.message.startswith("learner.step 4: rank 1 ran out of memory (MemoryError; node 1b1b1b1b).")
+    assert "and Ray ended its process; node 1b1b1b1b)" in ended.message
+    assert "ended a process there at that time; node 1b1b1b1b)" in kernel.message
+    assert (
+        "node" not in diagnose("step 4", [PEER, ActorDiedError()], "", nodes=nodes).message.split("rank 1")[1]
+    )

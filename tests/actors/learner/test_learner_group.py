@@ -127,6 +127,7 @@ def test_groups_are_opened_in_the_ranks_and_the_step_is_reported(group: LearnerG
     )
     assert report.version.step == 1
     assert report.metrics["policy/lr"] == 1e-2
+    assert group.row_tokens == 4 * 40
     assert 0 < report.metrics["mismatch/kl"] < report.metrics["mismatch/max"]
 
 

@@ -11,6 +11,7 @@ from tests.fakes import FakeEngine, LocalWorker, local_launch
 
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.pool import RolloutPool
+from treadle.cluster.backoff import BackOffs
 from treadle.platform.records import Group, WeightVersion
 
 
@@ -28,6 +29,10 @@ class Bench:
         self.step_s = step_s
         self.fail_at_step = -1
         self.poison = ""
+        self.most_slots = 0  # any number
+        self.slots_matter = False
+        self.slots: list[int] = []  # of each engine built
+        self.back_offs = BackOffs(0)
         self.starting_s = 0.0
 
     def build(self, config: RolloutConfig, _: str, version: WeightVersion) -> FakeEngine:
@@ -35,11 +40,15 @@ class Bench:
         self.engines.append(FakeEngine(config, version, self.step_s))
         self.engines[-1].fail_at_step = self.fail_at_step
         self.engines[-1].poison = self.poison
+        self.engines[-1].most_slots = self.most_slots or config.slots
+        self.engines[-1].slots_matter = self.slots_matter
+        self.slots.append(config.slots)
         return self.engines[-1]
 
     def run(self, use: Callable[[RolloutPool], Awaitable[None]]) -> None:
         async def go() -> None:
-            pool = RolloutPool(self.config, local_launch(self.config, self.build, self.workers))
+            launch = local_launch(self.config, self.build, self.workers)
+            pool = RolloutPool(self.config, launch, back_offs=self.back_offs)
             await pool.start("folder")
             try:
                 await asyncio.wait_for(use(pool), 25)

@@ -146,7 +146,7 @@ def test_a_worker_without_a_place_is_refused_with_the_diagnosis() -> None:
     async def use(pool: RolloutPool) -> None:
         launch = pool._launch
 
-        def full(name: str) -> WorkerHandle:
+        def full(name: str, slots: int) -> WorkerHandle:
             raise PlacementError("Impossible placement: no node has 4 GPU.")
 
         pool._launch = full

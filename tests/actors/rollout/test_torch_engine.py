@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tests.actors.rollout.tiny_models import issue, symbol_tokenizer, write_model
 from transformers import AutoModelForCausalLM
 
+from treadle.actors.rollout import torch_engine
 from treadle.actors.rollout.config import RolloutConfig
-from treadle.actors.rollout.engines import FinishedSample
+from treadle.actors.rollout.engines import FinishedSample, FixedShapes
 from treadle.actors.rollout.hf_model import HfModel
 from treadle.actors.rollout.torch_engine import TorchEngine, build
 from treadle.kernels.digest import state_digest
@@ -187,6 +188,17 @@ def test_samples_of_a_group_differ_and_depend_on_seed_index_and_version(folder: 
     assert first() == first()
     assert first() != first(seed=8)
     assert first() != first(step=1)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_slots_matter_where_a_rows_bits_depend_on_how_many_there_are(
+    folder: str, independent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "rows_are_independent", lambda model, config: independent)
+    engine = engine_of(folder, slots=32, row_block=16)
+    assert isinstance(engine, FixedShapes)
+    assert engine.slots_matter is not independent
+    assert engine.row_block == (16 if independent else 32)
 
 
 def test_finished_rows_are_refilled_at_once(folder: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,12 @@ from treadle.actors.rollout.actor import RayWorker, ray_launch
 from treadle.actors.rollout.handles import WorkerHandle
 from treadle.actors.rollout.membership import Resized
 from treadle.actors.rollout.pool import RolloutPool
+from treadle.actors.rollout.slots import Lowered
 from treadle.actors.rollout.worker import WorkerStatus
 from treadle.actors.stacks import stacks_of
 from treadle.actors.verify.actor import ray_verifier_pool
 from treadle.actors.verify.client import VerifierPool
+from treadle.cluster.backoff import BackOff, Lever
 from treadle.cluster.placement import Placement, reserve
 from treadle.cluster.places import Places
 from treadle.cluster.preemption import leaving
@@ -58,13 +60,13 @@ def preloads(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _rollouts(recipe: Recipe, places: Places, staleness: int = 0) -> RolloutPool:
-    def launch(name: str) -> WorkerHandle:
-        return ray_launch(recipe.rollout, places.options(_number(name)))(name)
+    def launch(name: str, slots: int) -> WorkerHandle:
+        return ray_launch(recipe.rollout, places.options(_number(name)))(name, slots)
 
     async def placed(name: str) -> bool:
         return await places.has(_number(name))
 
-    pool = RolloutPool(recipe.rollout, launch, max_lag_steps=staleness)
+    pool = RolloutPool(recipe.rollout, launch, max_lag_steps=staleness, back_offs=recipe.recovery.back_offs())
     pool.placed = placed
     return pool
 
@@ -87,6 +89,9 @@ def _verifiers(recipe: Recipe, placement: Placement) -> VerifierPool:
     pool = ray_verifier_pool(recipe.verify, places.options)
     pool.placed = places.has
     return pool
+
+
+MICROBATCH = "learner.max_tokens_per_microbatch"
 
 
 class _NoBroadcast:
@@ -118,6 +123,7 @@ class Crew:
         self._engines: asyncio.Task[None] | None = None
         self._told: Told = tell_nobody
         self._model = ""
+        self._microbatch_tokens = recipe.learner.max_tokens_per_microbatch
 
     @property
     def roles(self) -> Roles:
@@ -130,9 +136,10 @@ class Crew:
             ranks=self._recipe.learner.ranks,
         )
 
-    def tell(self, told: Told, missing: Callable[[str, str], None]) -> None:
-        """From now on `told` hears of every process that a role has replaced by itself, and `missing` (name, cause) of
-        one whose successor the cluster has no place for."""
+    def tell(self, told: Told, missing: Callable[[str, str], None], lowered: Lowered) -> None:
+        """From now on `told` hears of every process that a role has replaced by itself, `missing` (name, cause) of one
+        whose successor the cluster has no place for, and `lowered` of one that gets less after it ran out of memory."""
+        self._rollouts.slots.lowered = lowered
         self._told = self._rollouts.told = self._verifiers.told = told
         self._rollouts.missing = self._verifiers.missing = missing
 
@@ -233,6 +240,25 @@ class Crew:
         """Roles that only a replacement and a rollback bring back, found by asking them. Rollout workers, verifiers and
         the coordinator are replaced where they are used."""
         return frozenset({"learner"} if await self._learner.examine() else ())
+
+    def lever(self, longest_tokens: int) -> Lever:
+        """What may be lowered where the learner has run out of memory; `longest_tokens` are those of a sequence. A
+        setting above all that a rank's step had is in force as that much: half of it is less for sure."""
+        configured, now = self._microbatch_tokens, self._recipe.learner.max_tokens_per_microbatch
+        return Lever(
+            role="learner",
+            name="the learner",
+            setting=MICROBATCH,
+            configured=configured,
+            now=min(now, self._learner.row_tokens or now),
+            least=min(configured, longest_tokens),
+            why_least="it is down to one longest sequence",
+        )
+
+    def lower(self, back_off: BackOff) -> None:
+        """For the learner from its next `set_learner` on."""
+        learner = replace(self._recipe.learner, max_tokens_per_microbatch=back_off.after)
+        self._recipe = replace(self._recipe, learner=learner)
 
     async def doing(self) -> dict[str, str]:
         """What every process of the roles is doing, in words. Takes a few seconds where one is frozen."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.actors.controller import Controller, find_controller, start_controller
-from treadle.actors.deaths import death_of
-from treadle.cluster.environment import given_token
+from treadle.actors.deaths import death_at, death_of
+from treadle.cluster.environment import given_token, prepare_environment
 from treadle.cluster.reach import check_cluster
 from treadle.cluster.session import ClusterConfig, open_session
 from treadle.cluster.wheel import shipped
@@ -137,6 +137,15 @@ def release(path: Path, *, take_over: bool) -> None:
             ) from error
 
 
+def lost(folder: RunFolder) -> str:
+    """What ended a controller that has fallen silent; empty for one that may live. For a process that has no Ray.
+    Raises `ClusterError` where its cluster does not answer either."""
+    said = folder.state().get("controller") or {}
+    prepare_environment(_token_file(folder))
+    check_cluster(_address(folder), given_token(), KNOCK_S)
+    return death_at(_address(folder), str(said.get("actor", "")))
+
+
 def kill_controller(folder: RunFolder) -> bool:
     """Ends the run's controller by force. False where it is gone already."""
     where = _address(folder)
@@ -228,7 +237,7 @@ def _died(folder: RunFolder, name: str) -> RoleError:
 
 
 def _resume(path: Path) -> str:
-    return f"Nothing of the run is left running; continue with: treadle resume {path}"
+    return f"Nothing of the run is left running; continue with: treadle resume {path} --detach"
 
 
 def _left(path: Path) -> Interrupted:

@@ -119,7 +119,7 @@ async def _running(
         tracker.mirror_to(metrics)
         crew = await open_crew(replace(recipe, broadcast=broadcast), staleness)
         run = Run(recipe, folder, crew, ledger, tracker, tokenizer, inputs, started, mirror)
-        crew.tell(run.replaced, run.missing)
+        crew.tell(run.replaced, run.missing, run.lowered)
         try:
             async with watched(run):
                 yield run

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from treadle.platform.errors import ClusterError
 from treadle.platform.ledger import Ledger
 from treadle.platform.tracking import read_metrics
 from treadle.workflows.folder import RunFolder, read_json
@@ -23,10 +24,13 @@ FROZEN = "frozen"
 """The state of a run whose driver was stopped by a signal: SIGCONT wakes it, unless another one takes over."""
 
 
+KILLED = "killed"
 SILENT = "silent"
 """The state of a run whose driver, on another machine, writes nothing any more: it is dead, frozen or cut off."""
 SILENT_S = 60.0
 """`roles.json` is written every few seconds."""
+ASK_AFTER_S = 7.0
+"""A controller elsewhere that has written nothing for so long is asked for."""
 
 
 def describe(folder: RunFolder) -> dict[str, Any]:
@@ -35,8 +39,9 @@ def describe(folder: RunFolder) -> dict[str, Any]:
     `silent`."""
     state = folder.state()
     word = state.get("state", "never started")
+    fate = ""
     if word == "running":
-        word = _running(folder, state)
+        word, fate = _running(folder, state)
     rows = read_metrics(folder.path)
     newest = max(rows, key=lambda row: row.time, default=None)
     result: dict[str, Any] = {
@@ -44,6 +49,7 @@ def describe(folder: RunFolder) -> dict[str, Any]:
         "state": word,
         "attempts": state.get("attempts", 0),
         "controller": state.get("controller") or {},
+        "fate": fate,
         "stages_finished": list(outputs_of(folder)),
         "stage": newest.stage if newest else None,
         "step": newest.step if newest else None,
@@ -57,13 +63,30 @@ def describe(folder: RunFolder) -> dict[str, Any]:
     return {**result, "text": _text(result)}
 
 
-def _running(folder: RunFolder, state: Mapping[str, Any]) -> str:
-    """What a run is that says it is running."""
+def _running(folder: RunFolder, state: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run is that says it is running, and what is known of a controller on another machine that is not."""
     if not here(state):
-        return SILENT if silent_s(folder, state) > SILENT_S else "running"
+        quiet_s = silent_s(folder, state)
+        word = SILENT if quiet_s > SILENT_S else "running"
+        since_s = quiet_s or time.time() - float(state.get("started_unix_s", 0.0))
+        if state.get("controller") and since_s > ASK_AFTER_S:
+            return _asked_for(folder, word)
+        return word, ""
     if not alive(int(state.get("pid", 0))):
-        return "killed"
-    return FROZEN if stopped(int(state.get("pid", 0))) else "running"
+        return KILLED, "it is gone without a word"
+    return FROZEN if stopped(int(state.get("pid", 0))) else "running", ""
+
+
+def _asked_for(folder: RunFolder, otherwise: str) -> tuple[str, str]:
+    """The head of its cluster knows what became of a controller; where it does not answer, or wants a token, nothing is
+    concluded from that."""
+    from treadle.workflows.detached import lost
+
+    try:
+        cause = lost(folder)
+    except ClusterError as error:
+        return otherwise, f"whether it lives cannot be found out: {error.message.rstrip('.')}"
+    return (KILLED, cause) if cause else (otherwise, "")
 
 
 def here(state: Mapping[str, Any]) -> bool:
@@ -132,7 +155,7 @@ def _audit(folder: RunFolder) -> dict[str, Any]:
 def _text(result: dict[str, Any]) -> str:
     lines = [f"{result['folder']}: {result['state']}, attempt {result['attempts']}"]
     if controller := result["controller"]:
-        lines.append(_controller(controller, result["state"]))
+        lines.append(_controller(controller, result["state"], result["fate"]))
     if result["stages_finished"]:
         lines.append(f"finished stages: {', '.join(result['stages_finished'])}")
     if result["stage"] is not None:
@@ -154,23 +177,30 @@ def _text(result: dict[str, Any]) -> str:
     if result["samples"]:
         counts = "  ".join(f"{name} {value}" for name, value in result["samples"].items())
         lines.append(f"groups: {counts}")
-    if result["state"] in ("killed", "interrupted", "failed", FROZEN, SILENT):
-        lines.append(f"continue with: treadle resume {result['folder']}")
+    if result["state"] in (KILLED, "interrupted", "failed", FROZEN, SILENT):
+        how = " --detach" if result["controller"] else ""
+        if result["state"] == SILENT and result["fate"]:  # nobody can say whether it still runs
+            how = " --take-over"
+        lines.append(f"continue with: treadle resume {result['folder']}{how}")
     return "\n".join(lines)
 
 
 def _sizes(now: Mapping[str, Any]) -> list[str]:
-    """How many of the roles that can grow and shrink work, and what was asked for last."""
+    """How many of the roles that can grow and shrink work, what was asked for last, and who has less of what fills
+    memory."""
     sizes = ", ".join(f"{name}={size}" for name, size in now.get("sizes", {}).items())
     going = f"; being scaled to {now['scaling']}" if now.get("scaling") else ""
-    return [f"sizes: {sizes}{going}"] if sizes else []
+    lowered = [f"memory ran out: {name} has {said}" for name, said in now.get("lowered", {}).items()]
+    return [f"sizes: {sizes}{going}", *lowered] if sizes else lowered
 
 
-def _controller(said: Mapping[str, Any], state: str) -> str:
+def _controller(said: Mapping[str, Any], state: str, fate: str) -> str:
     """Where a detached run's controller is or was, and since when."""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(said["since_unix_s"]))
     runs = "runs" if state in ("running", FROZEN, SILENT) else "ran"
-    gone = "; it is gone without a word, and what belonged to it ended with it" if state == "killed" else ""
+    gone = f"; {fate}" if fate else ""
+    if state == KILLED:
+        gone += ", and what belonged to it ended with it"
     return (
         f"detached: controller {said['name']}, process {said['pid']} on {said['host']}, {runs} it on the cluster at "
         f"{said['address']} since {since}{gone}"

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treadle.actors.replaced import Replaced
+from treadle.cluster.backoff import BackOff
 from treadle.platform.checkpoints import Skipped
 from treadle.platform.config import fingerprint
 from treadle.platform.errors import ConfigError, FencedError, Interrupted
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 
 REPLACED = "replaced"
+OOM_BACKOFF = "oom_backoff"
 LEAVING = "leaving"
 SHRUNK = "shrunk"
 LAST_S = 30.0
@@ -66,6 +68,7 @@ class Run:
         self.steps = 0
         self.recoveries = 0
         self.replacements: dict[str, int] = {}
+        self.back_offs: list[BackOff] = []
         self._journals: dict[str, Journal] = {}
         self._left: frozenset[str] = frozenset()
         self._stopping = False
@@ -107,6 +110,13 @@ class Run:
             REPLACED,
             {"role": what.role, "name": what.name, "message": what.cause, "seconds": round(what.seconds, 3)},
         )
+
+    def lowered(self, back_off: BackOff) -> None:
+        """A role ran out of memory, and has less of what fills it from now on."""
+        self.back_offs.append(back_off)
+        message = f"Memory ran out: {back_off.sentence}."
+        self.tracker.say(message)
+        self.tracker.event(OOM_BACKOFF, {**asdict(back_off), "message": message})
 
     def missing(self, name: str, cause: str) -> None:
         """The cluster has no place for a worker's or a verifier's successor: the run goes on with fewer, until there is

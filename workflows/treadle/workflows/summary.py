@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from treadle.workflows.outputs import StageOutput
@@ -20,6 +21,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "wall_s": run.wall_s,
         "recoveries": run.recoveries,
         "replacements": run.replacements,
+        "oom_backoffs": Counter(back_off.setting for back_off in run.back_offs),
         "time_to_first_step_s": run.first_step_s,
         "mlflow": _mlflow(run),
         "eval": {o.stage: o.evaluation.as_json() for o in trained if o.evaluation is not None},

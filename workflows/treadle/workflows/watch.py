@@ -132,7 +132,13 @@ def first_failure(folder: Path) -> dict[str, Any]:
 
 
 async def _seen(run: Run) -> dict[str, Any]:
-    return {**_driver(run), "sizes": run.crew.sizes(), "roles": await run.crew.doing() | _feeding(run)}
+    lowered = {b.name: f"{b.setting}={b.after}, the recipe says {b.configured}" for b in run.back_offs}
+    return {
+        **_driver(run),
+        "sizes": run.crew.sizes(),
+        "lowered": lowered,
+        "roles": await run.crew.doing() | _feeding(run),
+    }
 
 
 def _driver(run: Run) -> dict[str, Any]:

@@ -21,10 +21,14 @@ def dead(failures: Sequence[RankFailure | None]) -> list[int]:
 
 
 def diagnose(
-    what: str, failures: Sequence[RankFailure | None], phases: str, struck: bool = False
+    what: str,
+    failures: Sequence[RankFailure | None],
+    phases: str,
+    struck: bool = False,
+    nodes: Sequence[str] = (),
 ) -> TreadleError:
     """The error to raise for a call whose ranks failed as given (None: it did not fail). `struck`: the kernel has ended
-    a process on the node of one that is gone.
+    a process on the node of one that is gone. `nodes` are the ranks', as far as they are known.
 
     A death comes first, since its peers fail in their collectives because of it; then an error of ours, which
     says what to change and is passed on as it is; then anything else.
@@ -36,6 +40,8 @@ def diagnose(
         cause = why(first_death)
         if struck and PHRASE not in cause:
             cause = f"{cause}; {STRUCK}"
+        if PHRASE in cause:
+            cause += _on(gone, nodes)
         otherwise = "Resume from the last checkpoint; look at the rank's log and for a lack of memory."
         return LearnerError(
             f"learner.{what}: rank {', '.join(map(str, gone))} died ({cause}). {phases}",
@@ -51,7 +57,7 @@ def diagnose(
         if ran_out(cause_error):
             return LearnerError(
                 f"learner.{what}: rank {rank} {PHRASE} ({type(cause_error).__name__} {cause_error}".rstrip()
-                + f"). {phases}",
+                + f"{_on([rank], nodes)}). {phases}",
                 REMEDIES["learner"],
             )
     rank, first = causes[0]
@@ -64,6 +70,12 @@ def diagnose(
 def refused_by_all(failures: Sequence[RankFailure | None]) -> bool:
     """Whether every rank declined the call with an error of ours (a missing file, a bad setting)."""
     return all(f is not None and isinstance(_cause(f), TreadleError) for f in failures)
+
+
+def _on(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """Where the ranks are, by the first letters of the nodes' ids."""
+    known = dict.fromkeys(nodes[rank][:8] for rank in ranks if rank < len(nodes) and nodes[rank])
+    return f"; node {', '.join(known)}" if known else ""
 
 
 def _cause(failure: RankFailure) -> BaseException:

@@ -26,7 +26,7 @@ from treadle.actors.learner.fresh import ModelShape
 from treadle.actors.learner.heartbeat import culprits, kernel_kills, listed, phases, silence, struck, unfit
 from treadle.actors.learner.stepping import LearnerSpec
 from treadle.platform.errors import DeadlineError, LearnerError, TreadleError
-from treadle.platform.records import Json, RoleSpec, StepBatch, StepReport
+from treadle.platform.records import Json, RoleSpec, Share, StepBatch, StepReport, TrainSample
 
 T = TypeVar("T")
 _UNWATCHED = ("start", "make model")
@@ -52,6 +52,7 @@ class LearnerGroup:
         self._silent: Mapping[int, str] = {}
         self._kernel_kills: Sequence[tuple[str, int] | None] = ()
         self._spec: LearnerSpec | None = None
+        self._row_tokens = 0
 
     @property
     def ranks(self) -> tuple[Any, ...]:
@@ -62,6 +63,11 @@ class LearnerGroup:
     def answering(self) -> Mapping[int, Any]:
         """The rank actors' handles by rank, without those that have fallen silent."""
         return {rank: actor for rank, actor in enumerate(self._actors) if rank not in self._silent}
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the whole sequences that the last step had for the rank with most of them; 0 before the first."""
+        return self._row_tokens
 
     async def phases(self) -> list[str]:
         """What each rank says it is doing, rank 0 first; nothing where it does not answer within a few seconds."""
@@ -130,6 +136,7 @@ class LearnerGroup:
                 "Deal the batch over learner.ranks rows.",
             )
         start = time.monotonic()
+        self._row_tokens = max(sum(map(_tokens, row)) for row in batch.rows)
         what = f"step {batch.step}{_groups(batch)}"
         refs = [
             call_once(actor, "step", row, batch.step, batch.temperature)
@@ -231,7 +238,9 @@ class LearnerGroup:
     ) -> TreadleError:
         """What to raise for a call that some ranks failed."""
         said, kills = await asyncio.gather(phases(actors), kernel_kills(actors))
-        error = diagnose(what, failures, listed(said), struck(self._kernel_kills, kills, dead(failures)))
+        struck_there = struck(self._kernel_kills, kills, dead(failures))
+        nodes = [known[0] if known else "" for known in self._kernel_kills]
+        error = diagnose(what, failures, listed(said), struck_there, nodes)
         # Ranks that all refused the call are in step with each other; any other mixture is not.
         self._broken = "" if refused_by_all(failures) else error.message
         return error
@@ -253,6 +262,10 @@ def _failure(task: asyncio.Task[Any]) -> RankFailure | None:
 
 def _setting(what: str) -> str:
     return "start_deadline_s" if what in ("start", "setup") else "step_deadline_s"
+
+
+def _tokens(member: Share | TrainSample) -> int:
+    return member.tokens if isinstance(member, Share) else len(member.token_ids)
 
 
 def _groups(batch: StepBatch) -> str:

@@ -154,11 +154,12 @@ def ray_launch(config: RolloutConfig, options: Mapping[str, Any] | None = None) 
     if config.accelerator and not placed:  # its place was chosen by the accelerator
         resources["accelerator_type"] = config.accelerator
 
-    def launch(name: str) -> RayWorker:
+    def launch(name: str, slots: int) -> RayWorker:
         chosen = resources | dict(options or {})
         # Draws wait for the engine while statuses must be answered: one event loop, many calls in flight.
+        worker = dataclasses.replace(config, slots=slots)
         actor: Any = RolloutActor  # what ray.remote returns is untyped
-        return RayWorker(actor.options(max_concurrency=10_000, **chosen).remote(name, config))
+        return RayWorker(actor.options(max_concurrency=10_000, **chosen).remote(name, worker))
 
     return launch
 

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from treadle.actors.rollout.engines import FixedShapes
 from treadle.platform.contracts import Engine, EngineSample
 from treadle.platform.errors import DataError, MismatchError, RolloutError
 from treadle.platform.failpoints import failpoint
@@ -76,6 +77,12 @@ class EngineLoop:
     def silent_s(self) -> float:
         """Seconds since the thread last came round."""
         return time.monotonic() - self._beat_s
+
+    @property
+    def slots_matter(self) -> bool:
+        """See `engines.FixedShapes`."""
+        engine = self._engine
+        return isinstance(engine, FixedShapes) and engine.slots_matter
 
     def load(self, build: Callable[[], Engine], version: WeightVersion) -> Future[WeightVersion]:
         """Replaces the engine; issues still being drawn fail."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from treadle.platform.errors import DataError
 from treadle.platform.records import Issue, Sample, WeightVersion
@@ -36,6 +36,15 @@ class BuildEngine(Protocol):
     """Makes an engine that holds the model of a Hugging Face folder, as weights of `version`."""
 
     def __call__(self, config: RolloutConfig, model_folder: str, version: WeightVersion) -> Engine: ...
+
+
+@runtime_checkable
+class FixedShapes(Protocol):
+    """What an engine says that promises the same bits to a row in any company, if it keeps that promise only by
+    computing all slots each time. Engines that say nothing do not depend on slots, or promise no bits."""
+
+    @property
+    def slots_matter(self) -> bool: ...
 
 
 def check_fits(issue: Issue, max_context_tokens: int, vocabulary: int) -> None:

@@ -39,5 +39,5 @@ class WorkerHandle(Protocol):
         ...
 
 
-Launch: TypeAlias = Callable[[str], WorkerHandle]
-"""Starts a worker of that name; returns before it is ready."""
+Launch: TypeAlias = Callable[[str, int], WorkerHandle]
+"""Starts a worker of that name with so many slots; returns before it is ready."""

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from treadle.actors.replaced import Replaced, Told, tell_nobody
 from treadle.actors.rollout.config import RolloutConfig
 from treadle.actors.rollout.handles import Launch, WorkerDiedError, WorkerHandle
+from treadle.actors.rollout.slots import Slots
 from treadle.actors.rollout.supervision import (
     Budget,
     Member,
@@ -29,6 +30,7 @@ from treadle.actors.rollout.supervision import (
     verdict,
 )
 from treadle.actors.rollout.worker import WorkerStatus
+from treadle.cluster.backoff import BackOffs
 from treadle.platform.errors import DeadlineError, RoleError, RolloutError, TreadleError
 from treadle.platform.memory import NODE_RAN_OUT, PHRASE, REMEDIES, STRUCK
 from treadle.platform.records import WeightVersion
@@ -66,10 +68,17 @@ class Membership:
     """Keeps the workers; `RolloutPool` adds what they are for.
 
     `catch_up` and `forget` tell the weight coordinator who comes and goes. `placed` says whether the cluster has a
-    place for a worker (by name), and `missing` hears of one that has none, and why it needs one.
+    place for a worker (by name), and `missing` hears of one that has none, and why it needs one. `back_offs` decides
+    whether one that ran out of memory comes back with fewer slots; `slots.lowered` hears of it.
     """
 
-    def __init__(self, config: RolloutConfig, launch: Launch, catch_up: CatchUp | None = None) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        launch: Launch,
+        catch_up: CatchUp | None = None,
+        back_offs: BackOffs | None = None,
+    ) -> None:
         self.catch_up = catch_up
         self.forget: Callable[[str], Awaitable[None]] = _nobody
         self.placed: Callable[[str], Awaitable[bool]] = _always
@@ -77,6 +86,7 @@ class Membership:
         self.told: Told = tell_nobody
         self._config = config
         self._launch = launch
+        self.slots = Slots(config, back_offs or BackOffs(0))
         self._budget = Budget(config)
         self._members: dict[str, Member] = {}
         self._model: tuple[str, WeightVersion] = ("", WeightVersion(step=0))
@@ -211,19 +221,47 @@ class Membership:
         try:
             self._budget.spend(member, cause)
         except RolloutError as error:
-            self._fail(error)
+            self._fail(self._in_force(member, error))
             return
+        found = grown(member, self._members.values()) if NODE_RAN_OUT in cause.message else None
+        told = cause.message
+        if PHRASE in told and found is None:
+            told = self._with_fewer_slots(member, told)
         fresh = self._add(member.name)
-        self._spawn(self._bring_back(fresh, cause.message, member.status))
-        if NODE_RAN_OUT in cause.message and (found := grown(member, self._members.values())):
+        self._spawn(self._bring_back(fresh, told, member.status))
+        if found is not None:
             self._replace(*found)
+
+    def _with_fewer_slots(self, member: Member, cause: str) -> str:
+        """The cause, and why the replacement of a worker that ran out of memory draws as many sequences at once as
+        before, if it does."""
+        known = [one for one in (member.status, *self.statuses.values()) if one is not None]
+        why = self.slots.lower(member.name, known)
+        return f"{cause}; {why}" if why else cause
+
+    def _in_force(self, member: Member, error: RolloutError) -> RolloutError:
+        """The error that ends the pool, with what the worker that failed last had, if memory is the cause."""
+        if PHRASE not in error.message:
+            return error
+        node = (
+            f" on node {member.status.node[:8]}" if member.status is not None and member.status.node else ""
+        )
+        had = f"worker {member.name}{node} failed last, with rollout.slots={self.slots.of(member.name)}"
+        return RolloutError(f"{error.message}; {had}.", error.remedy)
 
     async def _bring_back(self, member: Member, cause: str, before: WorkerStatus | None) -> None:
         noticed_s = time.monotonic()
         try:
-            while not await self._prepared_in_place(member, cause):
-                pass
-            cause = self._explained(member, cause, before)
+            await self._prepared(member, cause)
+            explained = self._explained(member, cause, before)
+            if explained != cause:
+                cause = self._with_fewer_slots(member, explained)
+            if member.slots > self.slots.of(member.name):  # it has told itself what its predecessor ended of
+                member.give_up(
+                    RolloutError(f"rollout: worker {member.name} gives way to one with fewer slots.")
+                )
+                member = self._add(member.name)
+                await self._prepared(member, cause)
         except (TreadleError, TimeoutError) as error:
             self._replace(member, as_role_error(member, "start", error))
             return
@@ -238,6 +276,10 @@ class Membership:
             return cause
         self._budget.explain(member, f"{STRUCK}. {REMEDIES['rollout']}")
         return f"{cause}; {STRUCK}"
+
+    async def _prepared(self, member: Member, cause: str) -> None:
+        while not await self._prepared_in_place(member, cause):
+            pass
 
     async def _prepared_in_place(self, member: Member, cause: str) -> bool:
         """Prepares it once it has a place. False where it loses that meanwhile: the cluster finds out later than the
@@ -320,7 +362,8 @@ class Membership:
                 self._replace(member, reason)
 
     def _add(self, name: str) -> Member:
-        member = Member(name, self._launch(name))
+        slots = self.slots.of(name)
+        member = Member(name, self._launch(name, slots), slots)
         self._members[name] = member
         return member
 

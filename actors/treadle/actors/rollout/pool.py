@@ -20,6 +20,7 @@ from treadle.actors.rollout.engine_loop import EngineFailedError, WorkerBehindEr
 from treadle.actors.rollout.handles import Launch, WorkerDiedError
 from treadle.actors.rollout.membership import RETRY_S, CatchUp, Membership
 from treadle.actors.rollout.supervision import Member
+from treadle.cluster.backoff import BackOffs
 from treadle.platform.errors import DeadlineError, PoisonedError, RolloutError
 from treadle.platform.records import Drawn, Issue
 
@@ -36,9 +37,14 @@ class RolloutPool(Membership):
     """
 
     def __init__(
-        self, config: RolloutConfig, launch: Launch, catch_up: CatchUp | None = None, max_lag_steps: int = 0
+        self,
+        config: RolloutConfig,
+        launch: Launch,
+        catch_up: CatchUp | None = None,
+        max_lag_steps: int = 0,
+        back_offs: BackOffs | None = None,
     ) -> None:
-        super().__init__(config, launch, catch_up)
+        super().__init__(config, launch, catch_up, back_offs)
         self.max_lag_steps = max_lag_steps
         self._poisoned: dict[str, PoisonedError] = {}
         self._leaving: Collection[str] = ()
@@ -87,7 +93,7 @@ class RolloutPool(Membership):
                 self._later(member, error, story)
             except (WorkerDiedError, EngineFailedError) as error:
                 self._replace(member, error)
-                ended += not member.leaving
+                ended += self._may_be_the_prompt(member)
         async with self._one_suspect:
             return await self._draw_alone(issue, story)
 
@@ -106,7 +112,7 @@ class RolloutPool(Membership):
                 self._later(member, error, story)
             except (WorkerDiedError, EngineFailedError) as error:
                 self._replace(member, error)
-                if member.leaving:
+                if not self._may_be_the_prompt(member):
                     continue
                 self._poisoned[issue.prompt.id] = PoisonedError(
                     f"rollout/draw: prompt {issue.prompt.id} ended {_SUSPECT_AFTER + 1} workers, the last one while "
@@ -129,6 +135,11 @@ class RolloutPool(Membership):
             member.draws -= 1
             member.asked.discard(issue.id)
             self._announce()
+
+    def _may_be_the_prompt(self, member: Member) -> bool:
+        """Whether a worker's end counts against what it drew: not where it was to leave, or had more slots than its
+        node has memory for."""
+        return not member.leaving and member.slots <= self.slots.of(member.name)
 
     @staticmethod
     def _later(member: Member, error: WorkerBehindError, story: list[str]) -> None:

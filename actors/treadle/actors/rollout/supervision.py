@@ -24,9 +24,10 @@ _LAST_S = 3.0
 class Member:
     """A worker's incarnation as the pool sees it. A replacement is a new member under the same name."""
 
-    def __init__(self, name: str, handle: WorkerHandle) -> None:
+    def __init__(self, name: str, handle: WorkerHandle, slots: int) -> None:
         self.name = name
         self.handle = handle
+        self.slots = slots
         self.loaded = False  # holds a model, perhaps of old weights
         self.ready = False
         self.draws = 0

@@ -81,6 +81,11 @@ class TorchEngine:
         independent of how many there are."""
         return self._block
 
+    @property
+    def slots_matter(self) -> bool:
+        """Whether every forward computes all slots."""
+        return self._block != self._config.row_block
+
     def admit(self, issue: Issue) -> None:
         """Queues all samples of a group. Raises `DataError` naming the prompt when it cannot fit."""
         check_fits(issue, self._config.max_context_tokens, self._model.vocabulary)

@@ -46,6 +46,8 @@ class WorkerStatus:
     kernel_kills: int = 0
     """See `memory.kernel_kills`: of its node."""
     resident_bytes: int = 0
+    slots_matter: bool = False
+    """Whether the samples of its engine depend on the number of its slots: see `engines.FixedShapes`."""
 
 
 class RolloutWorker:
@@ -147,6 +149,7 @@ class RolloutWorker:
             failure=loop.failure,
             where=places() if max(loop.silent_s, fetching_s) > 1 else "",
             fetching_s=fetching_s,
+            slots_matter=loop.slots_matter,
         )
 
     def close(self) -> None:
