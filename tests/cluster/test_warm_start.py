@@ -28,7 +28,8 @@ WORKER = """
 import json, os, signal, sys
 import numpy
 print(json.dumps({
-    "argv": sys.argv, "name": __name__, "group": os.getpgrp(), "folder": os.getcwd(), "pid": os.getpid(), "parent": os.getppid(),
+    "argv": sys.argv, "name": __name__, "group": os.getpgrp(),
+    "folder": os.getcwd(), "pid": os.getpid(), "parent": os.getppid(),
     "said": os.environ.get("SAID"), "secret": os.environ.get("SECRET"), "nice": os.getpriority(os.PRIO_PROCESS, 0),
     "blocked": sorted(int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "drawn": float(numpy.random.random()), "path": sys.path[0],
@@ -96,7 +97,9 @@ def test_a_worker_has_no_variable_of_the_template_and_draws_numbers_of_its_own(
     assert first["secret"] is None
     assert first["parent"] == second["parent"] != os.getpid()
     assert first["pid"] != second["pid"]
-    assert (first["group"], second["group"]) == (first["pid"], second["pid"]), "one's end would be the other's"
+    assert (first["group"], second["group"]) == (first["pid"], second["pid"]), (
+        "one's end would be the other's"
+    )
     assert first["drawn"] != second["drawn"]
 
 
