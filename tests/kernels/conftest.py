@@ -44,7 +44,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=[*ISAS, "cuda on cpu"])
+@pytest.fixture(params=[*ISAS, pytest.param("cuda on cpu", marks=pytest.mark.processes)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[native.Library]:
     """Every compiled way to compute for CPU tensors, put in the place of the one that would be chosen."""
     path: Path = request.getfixturevalue("cpu_library")
