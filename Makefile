@@ -43,9 +43,10 @@ test-%: $(VENV)/.dev
 
 NOTHING_STARTED := not processes and not ray and not deepspeed and not vllm and not mlflow and not s3 and not browser and not oracle and not slow and not hostile and not chaos
 unit: $(VENV)/.dev ## The tests that start nothing: under 90 s
-	$(MAKE) --no-print-directory -k -j3 -Otarget unit-actors unit-kernels unit-rest
+	$(MAKE) --no-print-directory -k -j4 -Otarget unit-verify unit-actors unit-kernels unit-rest
 
-unit-actors: TESTS := tests/actors tests/contracts
+unit-verify: TESTS := tests/actors/verify
+unit-actors: TESTS := tests/actors tests/contracts --ignore=tests/actors/verify
 unit-kernels: TESTS := tests/kernels
 unit-rest: TESTS := tests $(patsubst %,--ignore=tests/%,actors contracts kernels oracle)
 unit-%: $(VENV)/.dev
