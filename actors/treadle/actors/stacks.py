@@ -34,7 +34,7 @@ async def where(actor: Any) -> str:
         async with asyncio.timeout(ANSWER_S):
             places = str(await call(actor, "where"))
     except (RayError, TimeoutError):
-        return "it does not say where (it hangs as a whole, is frozen, or is cut off)"
+        return "it does not say where (it has not started, hangs as a whole, is frozen, or is cut off)"
     return f"it hangs {places}" if places else "it hangs outside of our code"
 
 

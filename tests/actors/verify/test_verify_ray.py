@@ -170,7 +170,7 @@ def test_an_actor_that_cannot_be_placed_or_built_says_so(ray_session: None) -> N
         await ray_verifier_pool(config).start()
 
     began = time.monotonic()
-    with pytest.raises(VerifierError, match=r"startup_deadline_s=2.0.*verify.cpus"):
+    with pytest.raises(VerifierError, match=r"startup_deadline_s=2; it does not say where.*verify.cpus"):
         asyncio.run(main(replace(CONFIG, cpus=99.0, startup_deadline_s=2.0)))
     with pytest.raises(VerifierError, match="no_such_module"):
         asyncio.run(main(replace(CONFIG, custom={"mine": "no_such_module:Mine"}, warm=["mine"])))
