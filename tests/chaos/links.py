@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from tests.benchmarks.throttled import Link as Pace
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -120,11 +121,15 @@ def link_to_a_second_machine(number: int) -> Iterator[Link]:
         link.close()
 
 
-def possible() -> bool:
+def _possible() -> bool:
     """Whether this process may make namespaces and devices."""
     return (
         os.geteuid() == 0 and os.access("/dev/net/tun", os.R_OK | os.W_OK) and shutil.which("ip") is not None
     )
+
+
+NEEDS_LINKS = pytest.mark.skipif(not _possible(), reason="needs root, /dev/net/tun and ip (iproute2)")
+"""The mark of tests with a second machine."""
 
 
 def _tun(name: str) -> int:

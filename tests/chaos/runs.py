@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.e2e.programs import TINY, WITH_PROMPTS, Ended, Program, patiently, wait_until
 
 from treadle.workflows.gamedays.account import (
@@ -22,6 +23,14 @@ from treadle.workflows.gamedays.account import (
 )
 
 __all__ = ["Account", "account", "clean", "events_of", "not_finite"]
+WHOLE_RUN = [
+    pytest.mark.chaos,
+    pytest.mark.ray,
+    pytest.mark.deepspeed,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+]
+"""Marks of every test here."""
 COMMIT = "checkpoints/rl/step-00000002/COMMITTED"
 """The first commit of the tiny recipe."""
 PATIENT = (

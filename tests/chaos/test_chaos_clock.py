@@ -17,18 +17,11 @@ import psutil
 import pytest
 from tests.benchmarks.bench_outage import points
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import account, clean, same_bits, struck
+from tests.chaos.runs import WHOLE_RUN, account, clean, same_bits, struck
 from tests.e2e.buckets import MIRRORED
 from tests.e2e.programs import Program, samples_of, summary_of, wait_until
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.mlflow,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = [*WHOLE_RUN, pytest.mark.mlflow]
 
 HOUR_S = 3600
 JUMPS_S = (HOUR_S, -2 * HOUR_S, HOUR_S)

@@ -7,23 +7,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
 from tests.chaos.attached import QUICK_CHECKS, family
 from tests.chaos.book import Row, write_row
 from tests.chaos.detached import Detached, importable, told
-from tests.chaos.links import link_to_a_second_machine, possible
-from tests.chaos.runs import account, clean, first_step_after, same_bits
+from tests.chaos.links import NEEDS_LINKS, link_to_a_second_machine
+from tests.chaos.runs import WHOLE_RUN, account, clean, first_step_after, same_bits
 from tests.clusters import Node, RunningCluster, cluster_of, end_node
 from tests.e2e.programs import samples_of
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    pytest.mark.skipif(not possible(), reason="needs root, /dev/net/tun and ip (iproute2)"),
-]
+pytestmark = [*WHOLE_RUN, NEEDS_LINKS]
 
 TOLD_S = 15.0
 HOSTS = ("first", "second")

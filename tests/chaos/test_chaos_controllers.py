@@ -13,17 +13,11 @@ import psutil
 import pytest
 from tests.chaos.book import Row, write_row
 from tests.chaos.detached import HELD, Detached, credentials, importable, told
-from tests.chaos.runs import account, clean, events_of, first_step_after, same_bits
+from tests.chaos.runs import WHOLE_RUN, account, clean, events_of, first_step_after, same_bits
 from tests.clusters import RunningCluster, end_node, two_node_cluster
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, samples_of, wait_until
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 REATTACH_S = 10.0
 
 

@@ -6,21 +6,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import PATIENT, account, clean, same_bits
+from tests.chaos.runs import PATIENT, WHOLE_RUN, account, clean, same_bits
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently, wait_until
 from tests.platform.small_disk import small_disk
 
 from treadle.platform.checkpoints import Checkpoints
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 
 def test_row_18_the_run_folders_disk_fills_up_behind_a_commit(tmp_path: Path, undisturbed: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import PATIENT, Chaos, account, clean, first_step_after, same_bits
+from tests.chaos.runs import PATIENT, WHOLE_RUN, Chaos, account, clean, first_step_after, same_bits
 from tests.e2e.programs import (
     TINY,
     WITH_PROMPTS,
@@ -29,13 +29,7 @@ from treadle.platform.errors import LedgerError
 from treadle.platform.ledger import Ledger
 from treadle.platform.mirror import Mirror
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 COMMIT = Path("checkpoints/rl/step-00000002/COMMITTED")
 POINTS = (

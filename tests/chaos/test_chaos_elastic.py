@@ -7,20 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from tests.chaos.attached import QUICK_CHECKS, family
-from tests.chaos.runs import PATIENT, account, clean, events_of, same_bits
+from tests.chaos.runs import PATIENT, WHOLE_RUN, account, clean, events_of, same_bits
 from tests.chaos.test_chaos_nodes import steps_of
 from tests.clusters import Node, cluster_of, end_node, start_node
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently, samples_of, summary_of, wait_until
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 ENGINES = Node(cpus=1, gpus=1)
 """Room for one rollout worker; the other roles fill a node without a GPU."""

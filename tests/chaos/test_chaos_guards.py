@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import account, chaotic, clean, not_finite, same_bits
+from tests.chaos.runs import WHOLE_RUN, account, chaotic, clean, not_finite, same_bits
 from tests.e2e.programs import samples_of, summary_of
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 
 def test_row_14_a_loss_of_nan_is_skipped_and_three_in_a_row_go_back_to_the_commit(tmp_path: Path) -> None:

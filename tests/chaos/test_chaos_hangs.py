@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.chaos.runs import WHOLE_RUN
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 SETTINGS = (
     "recovery.max_recoveries=0",

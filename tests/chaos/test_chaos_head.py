@@ -10,20 +10,13 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import pytest
 from tests.chaos.attached import attached, drain, family
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import account, clean, events_of, same_bits
+from tests.chaos.runs import WHOLE_RUN, account, clean, events_of, same_bits
 from tests.clusters import Node, RunningCluster, cluster_of
 from tests.e2e.programs import samples_of, summary_of
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 AWAY_S = 8.0
 SLOWLY = {"TREADLE_FAILPOINTS": "learner.before_step[1]=sleep:6@*"}

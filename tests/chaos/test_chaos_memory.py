@@ -13,18 +13,12 @@ import pytest
 from safetensors.torch import load_file
 from tests.chaos.attached import attached
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import PATIENT, account, clean, events_of, same_bits
+from tests.chaos.runs import PATIENT, WHOLE_RUN, account, clean, events_of, same_bits
 from tests.chaos.small_memory import possible, small_memory
 from tests.clusters import Node, cluster_of
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, patiently, samples_of, summary_of
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 LIMIT_MIB, THRESHOLD = 6000, 0.65
 TOO_MUCH_MIB = 2800

@@ -17,22 +17,14 @@ import psutil
 import pytest
 from tests.chaos.attached import Attached, attached, family
 from tests.chaos.book import Row, write_row
-from tests.chaos.links import Link, link_to_a_second_machine, possible
-from tests.chaos.runs import account, clean, events_of, same_bits, struck
+from tests.chaos.links import NEEDS_LINKS, Link, link_to_a_second_machine
+from tests.chaos.runs import WHOLE_RUN, account, clean, events_of, same_bits, struck
 from tests.clusters import Node, RunningCluster, cluster_of
 from tests.e2e.buckets import MIRRORED, kinds
 from tests.e2e.programs import Program, samples_of, summary_of, wait_until
 from tests.platform.object_store import s3_server
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.s3,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    pytest.mark.skipif(not possible(), reason="needs root, /dev/net/tun and ip (iproute2)"),
-]
+pytestmark = [*WHOLE_RUN, pytest.mark.s3, NEEDS_LINKS]
 
 AFTER_HEAL_S = 10.0
 MOMENT_S = 8.0

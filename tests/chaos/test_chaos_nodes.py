@@ -6,20 +6,22 @@ import json
 import time
 from pathlib import Path
 
-import pytest
 from tests.chaos.attached import QUICK_CHECKS, drain, family
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import PATIENT, account, chaotic, clean, events_of, first_step_after, same_bits
+from tests.chaos.runs import (
+    PATIENT,
+    WHOLE_RUN,
+    account,
+    chaotic,
+    clean,
+    events_of,
+    first_step_after,
+    same_bits,
+)
 from tests.clusters import Node, cluster_of, end_node
 from tests.e2e.programs import TINY, WITH_PROMPTS, Program, summary_of, wait_until
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = WHOLE_RUN
 
 NOTICE_S = 20
 COMMIT = Path("checkpoints/rl/step-00000002/COMMITTED")

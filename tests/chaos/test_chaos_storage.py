@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import PATIENT, Chaos, account, clean, events_of, first_step_after, same_bits
+from tests.chaos.runs import PATIENT, WHOLE_RUN, Chaos, account, clean, events_of, first_step_after, same_bits
 from tests.clusters import Node, cluster_of, end_node
 from tests.e2e.buckets import MIRRORED, Bucket, end, kinds, lose_a_run, made, mirrored_step, served_bucket
 from tests.e2e.programs import (
@@ -32,14 +32,7 @@ from treadle.platform.mirror import Commit, Mirror
 from treadle.workflows.mirroring import rebuild
 from treadle.workflows.outputs import outputs_of
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.s3,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = [*WHOLE_RUN, pytest.mark.s3]
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,10 @@ from pathlib import Path
 import pytest
 from tests.benchmarks.bench_outage import run_with_outages, turns
 from tests.chaos.book import Row, write_row
-from tests.chaos.runs import account, clean, events_of, same_bits, struck
+from tests.chaos.runs import WHOLE_RUN, account, clean, events_of, same_bits, struck
 from tests.e2e.programs import Program, samples_of, summary_of
 
-pytestmark = [
-    pytest.mark.chaos,
-    pytest.mark.ray,
-    pytest.mark.deepspeed,
-    pytest.mark.mlflow,
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-]
+pytestmark = [*WHOLE_RUN, pytest.mark.mlflow]
 
 
 def test_row_23_mlflow_is_away_and_the_run_loses_neither_time_nor_metrics(tmp_path: Path) -> None:

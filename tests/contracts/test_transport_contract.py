@@ -14,6 +14,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from treadle.actors.broadcast import gloo
 from treadle.actors.broadcast.buckets import pack
 from treadle.actors.broadcast.chain import ChainTicket
 from treadle.actors.broadcast.gloo import GlooTicket, GlooTransport
@@ -246,6 +247,18 @@ def test_gloo_refuses_a_ticket_whose_version_was_replaced(ray_session: None) -> 
     with pytest.raises(BroadcastError, match="newer version"):
         transport.receive(old, 5.0)
     assert _same(transport.receive(newer, 5.0), _version(2)[1])
+
+
+def test_gloo_keeps_its_connections_for_the_next_fetch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transport, opened = GlooTransport(host="127.0.0.1"), list[object]()
+    connect = gloo._connected
+    monkeypatch.setattr(gloo._Lines, "_all", {})
+    monkeypatch.setattr(gloo, "_connected", lambda *where: opened.append(where) or connect(*where))
+    for step in (1, 2, 3):
+        assert _same(transport.receive(transport.send(*_version(step)), 5.0), _version(step)[1])
+    assert len(opened) <= 2, "one at each end; six where each fetch opens its own"
 
 
 def test_the_object_store_hands_out_shared_read_only_memory(ray_session: None) -> None:

@@ -30,7 +30,6 @@ _PATIENCE_S = 10.0
 def main() -> None:
     die_with(int(sys.argv[1]))
     name_process("template")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     begun = dict(os.environ)
     load(sys.argv[2:])
     added = {name: value for name, value in os.environ.items() if begun.get(name) != value}

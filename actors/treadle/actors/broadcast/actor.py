@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from treadle.actors.broadcast.config import BroadcastConfig
 from treadle.actors.broadcast.coordinator import Coordinator
@@ -16,7 +14,7 @@ from treadle.actors.broadcast.phases import EngineLostError, Offer
 from treadle.actors.broadcast.transports import spread
 from treadle.actors.calls import call, call_once, once
 from treadle.actors.deaths import GONE, why
-from treadle.actors.stacks import ANSWER_S
+from treadle.actors.learner.heartbeat import phases
 from treadle.platform.errors import BroadcastError
 from treadle.platform.memory import remedy
 from treadle.platform.records import Offered, PublishReport, Staged, WeightManifest, WeightVersion
@@ -41,11 +39,8 @@ class RaySource:
         return await _from_rank(call(self._handle, "dense", step))
 
     async def doing(self) -> str:
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                return str(await call(self._handle, "phase"))
-        except (RayError, TimeoutError):
-            return "no answer"
+        [said] = await phases([self._handle])
+        return said or "no answer"
 
 
 class RayReceiver:
